@@ -1,0 +1,42 @@
+"""The exceptions a user can meet. Each message says what arrived, what was expected and what to do.
+
+    EverybitError
+    ├── FormatError        a file or folder that is not a valid overlay
+    │   └── ChecksumError  bytes that differ from their recorded checksum
+    ├── SourceError        a model, text or file that cannot be quantized or read
+    ├── PrecisionError     bits that are outside 2..8 or not in the overlay
+    ├── ShapeError         arrays whose shapes or dtypes do not fit together
+    └── OutputError        a place that cannot be written (not empty, disk full, belongs to another run)
+
+The command line prints the message on one line and exits with 2.
+"""
+
+from __future__ import annotations
+
+
+class EverybitError(Exception):
+    """Base of every error that a user's input can cause."""
+
+
+class FormatError(EverybitError):
+    """A file or folder that is not a valid overlay."""
+
+
+class ChecksumError(FormatError):
+    """Bytes that differ from their recorded checksum."""
+
+
+class SourceError(EverybitError):
+    """A model, text or file that cannot be quantized or read."""
+
+
+class PrecisionError(EverybitError):
+    """Bits outside 2..8 or not in the overlay."""
+
+
+class ShapeError(EverybitError):
+    """Arrays whose shapes or dtypes do not fit together."""
+
+
+class OutputError(EverybitError):
+    """A place that cannot be written."""
