@@ -1,1 +1,30 @@
-"""evaluate"""
+"""Measuring what a precision costs: perplexity, bits per byte, KL to the float model, top-1 agreement.
+
+    windows = evaluate.windows(tokenizer, evaluate.read_documents(path), context=512)
+    report = evaluate.evaluate(model, model.overlay.bits, windows, reference, set_precision=model.set_precision)
+    print(report.table())
+
+Importing this package imports numpy but neither torch nor matplotlib.
+"""
+
+from __future__ import annotations
+
+from everybit.evaluate.figure import check_plot, plot
+from everybit.evaluate.quality import evaluate
+from everybit.evaluate.report import FloatQuality, Report, Row, Size
+from everybit.evaluate.text import Windows, context_length, read_documents, split_documents, windows
+
+__all__ = [
+    "FloatQuality",
+    "Report",
+    "Row",
+    "Size",
+    "Windows",
+    "check_plot",
+    "context_length",
+    "evaluate",
+    "plot",
+    "read_documents",
+    "split_documents",
+    "windows",
+]

@@ -1,1 +1,1 @@
-"""integrations"""
+"""Other people's libraries: the overlay where its users already are."""

@@ -1,1 +1,5 @@
-"""quantize/solvers"""
+"""Solvers: one weight matrix and its sensitivities -> nested codes and a codebook per precision (no torch)."""
+
+from everybit.quantize.solvers.solve import SOLVERS, Solution, solve
+
+__all__ = ["SOLVERS", "Solution", "solve"]

@@ -1,0 +1,225 @@
+"""Reading an overlay: everything checked when it is opened, data mapped and verified when it is first touched."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from everybit.errors import ChecksumError, FormatError
+from everybit.formats.config import QuantizationConfig
+from everybit.formats.files import read_inside
+from everybit.formats.inventory import CHECKSUM_PREFIX, check_checksums, check_tensors, find_shards
+from everybit.formats.jsontext import parse_object
+from everybit.formats.recognize import require_config, require_folder, require_overlay
+from everybit.formats.shard import Shard
+from everybit.formats.tensors import TensorSpec, show
+from everybit.formats.weights import WeightSpec, require_bits
+
+
+class Overlay:
+    """An opened overlay folder. Make one with `Overlay.open`.
+
+    `folder`, `config` (the whole config.json), `quantization`, `weights` by parameter name, `bits` (the precisions it
+    holds), `metadata` (what the shards say beside checksums), `touched` (names of the tensors read so far).
+    """
+
+    def __init__(
+        self, folder: Path, config: dict[str, Any], quantization: QuantizationConfig, shards: list[Shard], verify: bool
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.quantization = quantization
+        self.weights: dict[str, WeightSpec] = quantization.weights
+        self.bits: tuple[int, ...] = quantization.bits
+        self.metadata: dict[str, str] = {}
+        self.touched: set[str] = set()
+        self._shards = shards
+        self._shard_of = {name: shard for shard in shards for name in shard.entries}
+        self._verify = verify
+        self._verified: set[str] = set()
+        for shard in shards:
+            self.metadata |= {k: v for k, v in shard.metadata.items() if not k.startswith(CHECKSUM_PREFIX)}
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], verify: bool = True) -> Overlay:
+        """Opens and checks an overlay; reads the JSON files and shard headers, no tensor data.
+
+        `verify=False` skips the checksums of the data (never the structural checks).
+        Raises: FormatError
+        """
+        folder = Path(folder)
+        names = require_folder(folder)
+        require_config(folder, names)
+        config = parse_object(read_inside(folder, "config.json"), str(folder / "config.json"))
+        require_overlay(folder, names, config)
+        where = f"{folder / 'config.json'}: quantization_config"
+        quantization = QuantizationConfig.from_dict(config["quantization_config"], where)
+        shards: list[Shard] = []
+        try:
+            find_shards(folder, names, shards)
+            specs = {name: entry.spec for shard in shards for name, entry in shard.entries.items()}
+            check_tensors(quantization, specs, str(folder))
+            check_checksums(shards)
+        except BaseException:
+            for shard in shards:
+                shard.close()
+            raise
+        return cls(folder, config, quantization, shards, verify)
+
+    def names(self) -> list[str]:
+        """Every stored tensor, planes and codebooks among them, sorted."""
+        return sorted(self._shard_of)
+
+    def plain_names(self) -> list[str]:
+        """The tensors that are not quantized (embeddings, norms, biases), sorted."""
+        own = {tensor for spec in self.weights.values() for tensor in spec.tensors()}
+        return sorted(set(self._shard_of) - own)
+
+    def spec_of(self, name: str) -> TensorSpec:
+        """Dtype and shape of a stored tensor, from the header alone.
+
+        Raises: FormatError
+        """
+        return self._find(name).entries[name].spec
+
+    def dtype_of(self, name: str) -> str:
+        """The safetensors dtype of a stored tensor.
+
+        Raises: FormatError
+        """
+        return self.spec_of(name).dtype
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """A stored tensor as a read-only view on the file; BF16 comes as uint16. The first touch checks its sha256.
+
+        Raises: FormatError, ChecksumError
+        """
+        shard = self._find(name)
+        view = shard.view(name)
+        self.touched.add(name)
+        if self._verify and name not in self._verified:
+            recorded = shard.metadata[CHECKSUM_PREFIX + name]
+            found = hashlib.sha256(view.reshape(-1).view(np.uint8).data).hexdigest()
+            if not hmac.compare_digest(found, recorded):
+                raise ChecksumError(
+                    f"{shard.path}: tensor {show(name)}: its sha256 is {found[:16]}..., expected {recorded[:16]}...: "
+                    "the file is damaged, download it again"
+                )
+            self._verified.add(name)
+        return view
+
+    def planes(self, parameter: str, bits: int) -> list[NDArray[np.uint8]]:
+        """The first `bits` planes of a quantized weight, most significant first.
+
+        Shapes: `bits` arrays u8[rows, ceil(K/8)]
+        Raises: PrecisionError, FormatError, ChecksumError
+        """
+        spec = self._weight(parameter, bits)
+        found = []
+        for plane in range(bits):
+            name = spec.plane_name(plane)
+            known = name in self._verified
+            view = self.tensor(name).reshape(spec.rows, -1)
+            if self._verify and not known and spec.columns % 8 and bool((view[:, -1] >> (spec.columns % 8)).any()):
+                raise FormatError(
+                    f"{self._find(name).path}: tensor {show(name)}: bits after column {spec.columns} are set, "
+                    "expected zero padding: quantize again, or download it again"
+                )
+            found.append(view)
+        return found
+
+    def table(self, parameter: str, bits: int) -> NDArray[np.float32]:
+        """The value of every `bits`-bit code of every row, whatever the codebook kind.
+
+        Shapes: f32[rows, 2^bits]
+        Raises: PrecisionError, FormatError (a value that is not finite), ChecksumError
+        """
+        spec = self._weight(parameter, bits)
+        name = spec.codebook_name(bits)
+        values = spec.book.expand(self.tensor(name), bits)
+        if not bool(np.isfinite(values).all()):
+            row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
+            raise FormatError(
+                f"{self._find(name).path}: tensor {show(name)}: row {row} has a value that is not finite, "
+                "expected finite codebooks: quantize again, or download it again"
+            )
+        return values
+
+    def bytes_at(self, bits: int) -> int:
+        """Bytes of quantized parameters that a `bits`-bit deployment reads: planes and one codebook each.
+
+        A weight with its own precisions is read at its `served_bits(bits)`. Other tensors are not counted.
+        Raises: PrecisionError
+        """
+        require_bits(bits, self.bits, "the overlay")
+        total = 0
+        for spec in self.weights.values():
+            served = spec.served_bits(bits)
+            total += served * spec.plane_bytes + self.spec_of(spec.codebook_name(served)).nbytes
+        return total
+
+    def bpw(self, bits: int) -> float:
+        """`bytes_at(bits)` as bits per quantized parameter, codebooks counted.
+
+        Raises: PrecisionError
+        """
+        return self.bytes_at(bits) * 8 / self.parameters
+
+    def stored_bpw(self) -> float:
+        """Bits per quantized parameter that the folder stores: every plane and every codebook."""
+        stored = sum(self.spec_of(name).nbytes for spec in self.weights.values() for name in spec.tensors())
+        return stored * 8 / self.parameters
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters are quantized."""
+        return sum(spec.parameters for spec in self.weights.values())
+
+    def verify_all(self) -> None:
+        """Reads and verifies every tensor, padding and codebook.
+
+        Raises: FormatError, ChecksumError
+        """
+        for name in self.names():
+            self.tensor(name)
+        for name, spec in self.weights.items():
+            self.planes(name, spec.planes)
+            for bits in spec.bits:
+                self.table(name, bits)
+
+    def close(self) -> None:
+        """Closes the files; arrays already handed out stay valid."""
+        for shard in self._shards:
+            shard.close()
+
+    def __enter__(self) -> Overlay:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _find(self, name: str) -> Shard:
+        if name not in self._shard_of:
+            raise FormatError(f"{self.folder} has no tensor {show(name)}: names() lists what it has")
+        return self._shard_of[name]
+
+    def _weight(self, parameter: str, bits: int) -> WeightSpec:
+        if parameter not in self.weights:
+            raise FormatError(
+                f"{self.folder} has no quantized weight {show(parameter)}: weights lists its {len(self.weights)}"
+            )
+        spec = self.weights[parameter]
+        if spec.bits == self.bits:
+            require_bits(bits, self.bits, "the overlay")
+        else:
+            require_bits(bits, spec.bits, f"weight {show(parameter)}")
+        return spec

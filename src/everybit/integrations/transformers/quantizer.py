@@ -1,0 +1,81 @@
+"""Registers the overlay format with transformers: `AutoModelForCausalLM.from_pretrained(overlay)` works.
+
+transformers loads the unquantized parameters; planes and codebooks stay in the mapped files and are read by
+`weights.Slot` when a precision first needs them.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from everybit.errors import SourceError
+from everybit.formats import Overlay
+from everybit.formats.codebooks import CODEBOOKS
+from everybit.integrations.transformers.model import overlay_model_class
+from everybit.integrations.transformers.weights import attach, detach
+
+if TYPE_CHECKING:  # this module may be imported while transformers itself is still being imported
+    from transformers import PreTrainedModel
+
+METHOD = "everybit"
+OVERLAY_TENSORS = {r"_plane\d+$"} | {rf"_{book.suffix}\d+$" for book in CODEBOOKS.values()}
+
+
+@register_quantization_config(METHOD)
+class OverlayConfig(QuantizationConfigMixin):
+    """`quantization_config` of an overlay as transformers holds it: the dictionary, unchanged (formats checks it)."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.quant_method = METHOD
+        self.fields = fields
+
+    def to_dict(self) -> dict[str, Any]:
+        return deepcopy(self.fields)
+
+
+@register_quantizer(METHOD)
+class OverlayQuantizer(HfQuantizer):
+    """Swaps weights for overlay slots before transformers loads the rest."""
+
+    requires_calibration = False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise SourceError("this model is not an overlay: run `everybit quantize MODEL OUT` and load OUT")
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise SourceError("an overlay is read from its folder: expected a path or hub id, not a state_dict")
+        overlay = Overlay.open(Path(checkpoint_files[0]).parent)
+        slots = attach(model, overlay, overlay.bits[-1], model.base_model_prefix)
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | OVERLAY_TENSORS
+        model.__class__ = overlay_model_class(type(model))
+        model.overlay, model._slots, model._bits = overlay, slots, overlay.bits[-1]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for slot in model._slots:
+            slot.release()  # GPT-2's initialisation writes into c_proj.weight whoever owns it
+        model._weight_conversions = []  # stored under the model's own names: nothing to revert when saving
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        detach(model)
+        model.__class__ = type(model).__mro__[2]
+        return model if dtype is None else model.to(dtype)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

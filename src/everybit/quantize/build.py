@@ -1,0 +1,169 @@
+"""Build an overlay from a model folder: discover, measure sensitivity, solve layer by layer, write, rename.
+
+Everything is written into `OUT.partial`; OUT appears by a rename when it is complete. A killed run goes on with
+`resume=True` and ends in the same bytes, because the layout is fixed in advance, every parameter is solved
+independently with its own seed, and nothing that is written depends on the clock or the number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from everybit import __version__
+from everybit.errors import SourceError
+from everybit.formats import OverlayWriter, QuantizationConfig, TensorSpec, WeightSpec, check_bits
+from everybit.formats.sizes import SizeReport
+from everybit.quantize import calibrate
+from everybit.quantize.card import model_card
+from everybit.quantize.discover import Target, discover
+from everybit.quantize.encode import encode, matrices, plain
+from everybit.quantize.sensitivity import SensitivityFile, accumulate
+from everybit.quantize.solvers import KINDS
+from everybit.quantize.source import Source, resolve
+from everybit.quantize.workspace import STATISTICS, copy_side_files, free_output, workspace
+
+TABLE_DTYPES = {"float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What was (or with a dry run would be) written: sizes, what was left alone and why, what calibration missed."""
+
+    out: Path
+    sizes: SizeReport
+    left: dict[str, str]
+    unreached: list[str]
+    zeros: list[str]
+    dry_run: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "dry_run": self.dry_run,
+            **self.sizes.to_dict(),
+            "left": self.left,
+            "unreached": self.unreached,
+            "zeros": self.zeros,
+        }
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    bits: Sequence[int] = (2, 3, 4, 5, 6, 7, 8),
+    calibration: str | Path = "none",
+    solver: str = "tree",
+    ignore: Sequence[str] = (),
+    override: Mapping[str, Sequence[int]] | None = None,
+    *,
+    seed: int = 0,
+    calibration_sequences: int = 128,
+    calibration_length: int = 512,
+    table_dtype: str = "float16",
+    shard_bytes: int = 2 << 30,
+    threads: int = 0,
+    dry_run: bool = False,
+    resume: bool = False,
+    progress: bool = True,
+) -> QuantizeReport:
+    """Quantize a float model once into an overlay that serves every precision in `bits`.
+
+    `model` is a folder or a hub id; `calibration` a text file, `self` (text the model writes) or `none`;
+    `solver` one of tree, upscale, uniform; `ignore` regular expressions of module names to leave alone;
+    `override` maps such expressions to their own bits (a layer with bits (6,) is served at 6 bits always), the last
+    match wins.
+
+    Cost: memory of one parameter (with calibration: of the float32 model and its sensitivities as well).
+    Mutates: creates `out`; `out.partial` while it runs.
+    Raises: SourceError, PrecisionError, OutputError; nothing appears under `out` then.
+    """
+    if solver not in KINDS:
+        raise SourceError(f"unknown solver {solver!r}: expected one of {', '.join(KINDS)}")
+    if table_dtype not in TABLE_DTYPES:
+        raise SourceError(f"unknown table dtype {table_dtype!r}: expected one of {', '.join(TABLE_DTYPES)}")
+    bits = check_bits(tuple(bits))
+    overrides = {pattern: check_bits(tuple(b), f"override {pattern}") for pattern, b in (override or {}).items()}
+    record, text = calibrate.describe(calibration, calibration_sequences, calibration_length, seed)
+    out = free_output(Path(out).expanduser(), resume, dry_run)
+
+    source = Source(resolve(model))
+    targets, left = discover(source.model, list(ignore), list(overrides))
+    kind, lut_dtype = KINDS[solver], TABLE_DTYPES[table_dtype]
+    specs = {t.name: WeightSpec(t.name, t.shape, _bits_of(t, bits, overrides), kind, t.transposed) for t in targets}
+    provenance = {
+        "everybit_version": __version__,
+        "solver": solver,
+        "seed": seed,
+        "calibration": record.provenance(),
+        "source": {"name": source.folder.resolve().name, "config_sha256": source.config_sha256},
+    }
+    config = {**source.config, "quantization_config": QuantizationConfig(bits, kind, specs, provenance).to_dict()}
+    layout: dict[str, TensorSpec] = {}
+    for name, shape in source.shapes.items():
+        layout |= specs[name].tensors(lut_dtype) if name in specs else {name: TensorSpec(source.dtype_of(name), shape)}
+    sizes = SizeReport.of(specs.values(), bits, layout)
+    if dry_run:
+        return QuantizeReport(out, sizes, left, [], [], True)
+
+    options = {"config": config, "files": source.fingerprint(), "table_dtype": table_dtype, "shard_bytes": shard_bytes}
+    zeros: list[str] = []
+    with workspace(out, options) as partial:
+        sensitivity, unreached = _measure(source, targets, record, text, partial / STATISTICS, progress)
+        writer = OverlayWriter(partial, layout, config, shard_bytes)
+        with tqdm(total=sizes.parameters, unit="w", unit_scale=True, desc="quantizing", disable=not progress) as bar:
+            for name, tensor in source.parameters():
+                spec = specs.get(name)
+                if name not in writer.done:
+                    if spec is None:
+                        writer.write_group(name, {name: plain(name, tensor, source.folder)})
+                    else:
+                        weights = matrices(tensor, spec, source.folder)
+                        importance = sensitivity.read(name) if sensitivity else None
+                        writer.write_group(name, encode(spec, weights, importance, solver, lut_dtype, seed, threads))
+                if spec is not None:
+                    bar.update(spec.parameters)
+                    if not tensor.any():
+                        zeros.append(name)
+        copy_side_files(source.folder, partial)
+        (partial / "README.md").write_text(model_card(config, sizes), encoding="utf-8")
+        writer.finish()
+    return QuantizeReport(out, sizes, left, unreached, zeros, False)
+
+
+def _bits_of(target: Target, default: tuple[int, ...], overrides: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    module = target.name.rpartition(".")[0]
+    found = [bits for pattern, bits in overrides.items() if re.search(pattern, module)]
+    return found[-1] if found else default
+
+
+def _measure(
+    source: Source, targets: list[Target], record: calibrate.Calibration, text: str | None, path: Path, progress: bool
+) -> tuple[SensitivityFile | None, list[str]]:
+    if record.kind == "none":
+        return None, []
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SourceError(
+            f"{source.folder}: no usable tokenizer for calibration ({reason}): use --calibration none"
+        ) from error
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+    model.requires_grad_(False)
+    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", record.length))
+    if text is None:
+        sequences = calibrate.self_sequences(model, tokenizer, record, context)
+    else:
+        sequences = calibrate.text_sequences(tokenizer, text, record, context)
+    fingerprint = hashlib.sha256(b"".join(s.numpy().tobytes() for s in sequences)).hexdigest()
+    return accumulate(model, targets, sequences, path, fingerprint, progress)

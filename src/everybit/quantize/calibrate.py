@@ -1,0 +1,115 @@
+"""Calibration sequences: windows of a text file, or of text that the model itself writes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from everybit.errors import SourceError
+
+MINIMUM_TOKENS = 64  # below this a squared gradient is an anecdote, not a statistic
+SEPARATOR = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where the sequences come from, written into the overlay as provenance.
+
+    `kind` is `none`, `self` or `text`; `file` is the name (not the path) and `sha256` the digest of the text.
+    """
+
+    kind: str
+    file: str | None = None
+    sha256: str | None = None
+    sequences: int = 128
+    length: int = 512
+    seed: int = 0
+
+    def provenance(self) -> dict[str, Any]:
+        if self.kind == "none":
+            return {"kind": "none"}
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+
+def describe(calibration: str | Path, sequences: int, length: int, seed: int) -> tuple[Calibration, str | None]:
+    """The calibration record and the text it names (None for `none` and `self`).
+
+    Raises: SourceError when the file is missing, empty or not UTF-8, or a count is not positive.
+    """
+    for option, value in (("--calibration-sequences", sequences), ("--calibration-length", length)):
+        if value < 1:
+            raise SourceError(f"{option} {value}: expected a positive number")
+    if str(calibration) in ("none", "self"):
+        return Calibration(str(calibration), sequences=sequences, length=length, seed=seed), None
+    path = Path(calibration).expanduser()
+    if not path.is_file():
+        raise SourceError(f"no calibration file {path}: pass a UTF-8 text file, `self` or `none`")
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{path} is not UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x}): convert it, "
+            "for example with `iconv -t utf-8`"
+        ) from error
+    if not text.strip():
+        raise SourceError(f"{path} is empty: pass a text of at least {MINIMUM_TOKENS} tokens")
+    digest = hashlib.sha256(raw).hexdigest()
+    return Calibration("text", path.name, digest, sequences, length, seed), text
+
+
+def text_sequences(tokenizer: Any, text: str, record: Calibration, context: int) -> list[torch.Tensor]:
+    """At most `record.sequences` windows of `record.length` tokens, chosen evenly by seed.
+
+    Documents end with a line `<|endoftext|>`; each is encoded with the tokenizer's own special tokens, the whole
+    is one stream cut into windows.
+    """
+    documents = [d.strip("\n") for d in text.replace("\r\n", "\n").split(f"\n{SEPARATOR}") if d.strip()]
+    ids = np.concatenate([np.asarray(tokenizer(d)["input_ids"], dtype=np.int64) for d in documents])
+    length = min(record.length, context)
+    if len(ids) < MINIMUM_TOKENS:
+        raise SourceError(f"the calibration text has {len(ids)} tokens, at least {MINIMUM_TOKENS} are needed: add text")
+    windows = [ids[i : i + length] for i in range(0, len(ids), length)]
+    windows = [w for w in windows if len(w) >= min(length, MINIMUM_TOKENS, len(ids))]
+    chosen = np.random.default_rng(record.seed).permutation(len(windows))[: record.sequences]
+    return [torch.from_numpy(windows[i].copy())[None] for i in sorted(chosen)]
+
+
+@torch.no_grad()
+def self_sequences(model: Any, tokenizer: Any, record: Calibration, context: int) -> list[torch.Tensor]:
+    """Sequences that the model samples from its own distribution, begun by its first special token.
+
+    Source: data-free calibration by self-generation, LLM-QAT (2305.17888), section 3.1.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise SourceError("the tokenizer has neither a BOS nor an EOS token to start from: pass a text file")
+    length = min(record.length, context)
+    sequences: list[torch.Tensor] = []
+    batch = 8
+    state = torch.random.get_rng_state()
+    torch.manual_seed(record.seed)
+    try:
+        for done in tqdm(range(0, record.sequences, batch), desc="writing calibration text", unit="batch"):
+            count = min(batch, record.sequences - done)
+            ids = model.generate(
+                torch.full((count, 1), start),
+                attention_mask=torch.ones(count, 1, dtype=torch.long),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_length=length,
+                min_length=length,
+                pad_token_id=start,
+            )
+            sequences += list(ids.split(1))
+    finally:
+        torch.random.set_rng_state(state)
+    return sequences

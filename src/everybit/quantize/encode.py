@@ -1,0 +1,79 @@
+"""One parameter of the model to the tensors an overlay stores for it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from everybit.errors import EverybitError, SourceError
+from everybit.formats import WeightSpec
+from everybit.kernels import pack_planes
+from everybit.quantize.solvers import solve
+
+Array = NDArray[np.generic]
+
+
+def matrices(tensor: torch.Tensor, spec: WeightSpec, folder: Path) -> list[NDArray[np.float32]]:
+    """The parameter as float32 [N, K] in stored orientation, one per expert. Raises: SourceError if not finite."""
+    _check_finite(spec.name, tensor, folder)
+    found = tensor.reshape(-1, *tensor.shape[-2:])
+    return [np.ascontiguousarray((m.T if spec.transposed else m).float().numpy()) for m in found]
+
+
+def encode(
+    spec: WeightSpec,
+    weights: list[NDArray[np.float32]],
+    importance: NDArray[np.float32] | None,
+    solver: str,
+    lut_dtype: str,
+    seed: int,
+    threads: int,
+) -> dict[str, Array]:
+    """Solve, pack and collect planes and codebooks by tensor name.
+
+    Shapes: weights one f32[N, K] per expert; importance f32 of the stored shape or None
+    Raises: SourceError when a value overflows the tables' dtype; whatever the solver raises, with the name
+    """
+    layout = spec.tensors(lut_dtype)
+    experts = len(weights)
+    arrays = {name: np.empty((experts, spec.rows // experts, t.shape[-1]), t.numpy) for name, t in layout.items()}
+    shares = [None] * experts if importance is None else list(importance.reshape(experts, *weights[0].shape))
+    own_seed = seed ^ int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:4], "little")
+    for e in range(experts):
+        try:
+            solution = solve(weights[e], shares[e], spec.bits, solver, seed=own_seed + e, threads=threads)
+        except EverybitError as error:
+            raise type(error)(f"{spec.name}: {error}") from error
+        for k, plane in enumerate(pack_planes(solution.codes, spec.planes)):
+            arrays[spec.plane_name(k)][e] = plane
+        for b in spec.bits:
+            book = arrays[spec.codebook_name(b)]
+            with np.errstate(over="ignore"):
+                book[e] = solution.codebooks[b]
+            if not np.isfinite(book[e]).all():
+                raise SourceError(
+                    f"{spec.name}: weights up to {np.abs(weights[e]).max():.3g} overflow a {book.dtype} table: "
+                    "use --table-dtype float32"
+                )
+    return {name: array.reshape(layout[name].shape) for name, array in arrays.items()}
+
+
+def plain(name: str, tensor: torch.Tensor, folder: Path) -> Array:
+    """A parameter that is not quantized, bit for bit (bfloat16 as uint16). Raises: SourceError if not finite."""
+    if tensor.is_floating_point():
+        _check_finite(name, tensor, folder)
+    tensor = tensor.contiguous()
+    array: Array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
+def _check_finite(name: str, tensor: torch.Tensor, folder: Path) -> None:
+    if not torch.isfinite(tensor).all():
+        at = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+        raise SourceError(
+            f"{folder}: {name} holds {tensor[tuple(at)].item()} at {at}, expected finite weights: repair the model"
+        )

@@ -1,0 +1,116 @@
+"""One door to every solver: checks what arrived, allocates the outputs, calls the C++ solver.
+
+Shape letters: N out-features (rows), K in-features (columns).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from everybit import _native
+from everybit.errors import PrecisionError, ShapeError, SourceError
+
+Values = NDArray[np.float32]
+SolverName = Literal["tree", "upscale", "uniform"]
+
+_NATIVE = {"tree": _native.solve_tree, "upscale": _native.solve_upscale, "uniform": _native.solve_uniform}
+SOLVERS = tuple(_NATIVE)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Nested codes of one matrix and the codebook of every precision.
+
+    codes      u8[N, K], the code of the highest precision; the b-bit code is `codes >> (max_bits - b)`
+    codebooks  bits -> f32[N, 2^bits] (kind "table") or f32[N, 2] = scale, offset (kind "affine")
+    kind       "table": value = codebook[row, code]; "affine": value = offset + scale * code
+    """
+
+    codes: NDArray[np.uint8]
+    codebooks: dict[int, Values]
+    kind: Literal["table", "affine"]
+
+    def codes_at(self, bits: int) -> NDArray[np.uint8]:
+        """The codes of one precision, u8[N, K]."""
+        return self.codes >> np.uint8(max(self.codebooks) - bits)
+
+    def values_at(self, bits: int) -> Values:
+        """The dequantized weights of one precision, f32[N, K]."""
+        codes, codebook = self.codes_at(bits), self.codebooks[bits]
+        if self.kind == "affine":
+            return codebook[:, 1:] + codebook[:, :1] * codes.astype(np.float32)
+        return np.take_along_axis(codebook, codes.astype(np.intp), axis=1)
+
+
+def solve(
+    weights: Values,
+    sensitivity: Values | None,
+    bits: Sequence[int],
+    solver: SolverName = "tree",
+    seed: int = 0,
+    threads: int = 0,
+) -> Solution:
+    """Quantize one matrix to all the precisions in `bits` at once, row by row.
+
+    Minimizes, per row and precision, sum of sensitivity * (weight - value)^2:
+      tree     precisions up to 4 bits are chosen jointly, then every cell is split in the best place
+      upscale  the original Any-Precision: k-means at the lowest precision, then two-means splits
+      uniform  an even grid over the row's range, with a fitted scale and offset per precision
+
+    Shapes:  weights f32[N, K], sensitivity f32[N, K] or None (all equal) -> codes u8[N, K], codebooks f32
+    Needs:   finite weights; finite sensitivities >= 0; bits ascending within 2..8; K >= 1
+    Mutates: nothing. Threads: deterministic for any count; 0 = one per processor. Only upscale uses the seed
+    Raises:  ShapeError, SourceError (a value that is not finite or a negative sensitivity), PrecisionError
+    Source:  Any-Precision LLM (Park et al., ICML 2024) section 3 for upscale; tree is ours (native/src/tree.cc)
+    """
+    if solver not in _NATIVE:
+        raise SourceError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+    wanted = _checked_bits(bits)
+    weights = _matrix(weights, "weights")
+    if weights.shape[1] == 0:
+        raise ShapeError(f"weights have shape {list(weights.shape)}; a row needs at least one weight")
+    _refuse_bad_row(weights, "weight", False, threads)
+    if sensitivity is not None:
+        sensitivity = _matrix(sensitivity, "sensitivity")
+        if sensitivity.shape != weights.shape:
+            raise ShapeError(
+                f"sensitivity has shape {list(sensitivity.shape)}, expected the weights' {list(weights.shape)}; "
+                "pass one sensitivity per weight, or None"
+            )
+        _refuse_bad_row(sensitivity, "sensitivity", True, threads)
+    rows = weights.shape[0]
+    codes = np.empty(weights.shape, np.uint8)
+    codebooks = {b: np.empty((rows, 2 if solver == "uniform" else 2**b), np.float32) for b in wanted}
+    _NATIVE[solver](weights, sensitivity, wanted, seed & (2**64 - 1), codes, list(codebooks.values()), threads)
+    return Solution(codes, codebooks, "affine" if solver == "uniform" else "table")
+
+
+def _checked_bits(bits: Sequence[int]) -> list[int]:
+    wanted = [int(b) for b in bits]
+    if not wanted or wanted != sorted(set(wanted)) or wanted[0] < 2 or wanted[-1] > 8:
+        raise PrecisionError(f"bits are {list(bits)}, expected different ascending precisions within 2..8")
+    return wanted
+
+
+def _matrix(array: object, what: str) -> Values:
+    result = np.asarray(array)
+    if result.dtype != np.float32 or result.ndim != 2:
+        raise ShapeError(
+            f"{what} arrived as {result.dtype}{list(result.shape)}, expected float32[N, K]; "
+            "convert with astype(np.float32) and reshape experts to rows"
+        )
+    return np.ascontiguousarray(result)
+
+
+def _refuse_bad_row(values: Values, what: str, refuse_negative: bool, threads: int) -> None:
+    row = _native.find_bad_row(values, refuse_negative, threads)
+    if row >= 0:
+        rule = "finite and not negative" if refuse_negative else "finite"
+        raise SourceError(
+            f"row {row} has a {what} that is not {rule}; check the checkpoint or the calibration that made it"
+        )

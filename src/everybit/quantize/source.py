@@ -1,0 +1,228 @@
+"""The model to quantize: a Hugging Face folder, read one parameter at a time.
+
+Parameters are yielded under the names that the model has in transformers, after its own checkpoint
+conversions (old checkpoints of mixtures of experts hold one matrix per expert; the model holds one fused
+tensor). Peak memory is one parameter and its sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from everybit.errors import SourceError
+
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+
+
+@dataclass
+class _Job:
+    """One conversion: the checkpoint tensors that together make one or several parameters."""
+
+    first_target: str
+    transform: Any
+    sources: list[tuple[str, str]] = field(default_factory=list)  # (pattern, checkpoint name)
+
+
+class Source:
+    """A folder with `config.json` and safetensors weights, opened on the meta device.
+
+    Attributes: `folder`, `config` (the JSON object), `model` (on meta), `shapes` (parameters and persistent
+    buffers that an overlay stores; tied ones once), `aliases` (tied name -> stored name).
+    Raises: SourceError for everything that cannot be read, naming what was found and what to do.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _read_config(folder)
+        self.model = _empty_model(folder)
+        self._files = _tensor_files(folder)
+        self.aliases: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        state = self.model.state_dict()
+        self.shapes = {name: tuple(t.shape) for name, t in state.items() if name not in self.aliases}
+        self._dtypes: dict[str, str] = {}
+        self._jobs = self._plan(state)
+
+    def _plan(self, state: dict[str, torch.Tensor]) -> list[_Job]:
+        """Which checkpoint tensors make which parameter, by transformers' own conversion mapping."""
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        prefix = self.model.base_model_prefix
+        jobs: dict[str, _Job] = {}
+        for name in sorted(self._files, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+            if target not in state and name in state:
+                target, pattern = name, None
+            if target not in state or target in self.aliases:
+                continue  # unexpected keys and tied copies, as transformers itself treats them
+            if pattern is None:
+                jobs.setdefault(target, _Job(target, WeightRenaming(name, target))).sources.append((name, name))
+            else:
+                converter = by_pattern[pattern]
+                jobs.setdefault(target, _Job(target, deepcopy(converter))).sources.append((pattern, name))
+                for other in converter.target_patterns[1:]:  # one checkpoint tensor, several parameters
+                    self._dtypes[target.replace(converter.target_patterns[0], other)] = self._files[name][1]
+            self._dtypes[target] = self._files[name][1]
+        return list(jobs.values())
+
+    def dtype_of(self, target: str) -> str:
+        """The safetensors dtype name of the checkpoint tensors that a parameter is made from."""
+        return self._dtypes[target]
+
+    @property
+    def config_sha256(self) -> str:
+        return hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
+
+    def fingerprint(self) -> dict[str, list[int]]:
+        """Name -> size and modification time of the weight files, to notice a source that changed between runs."""
+        files = sorted({path for path, _ in self._files.values()})
+        return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter with its tensor, in a fixed order; the caller drops each before the next."""
+        seen = set()
+        for job in self._jobs:
+            for name, tensor in self._convert(job).items():
+                if name not in self.shapes:
+                    continue
+                if tuple(tensor.shape) != self.shapes[name]:
+                    raise SourceError(
+                        f"{self.folder}: tensor {name} has shape {tuple(tensor.shape)}, config.json implies "
+                        f"{self.shapes[name]}: the weights belong to another configuration"
+                    )
+                seen.add(name)
+                yield name, tensor
+        missing = sorted(set(self.shapes) - seen, key=dot_natural_key)
+        if missing:
+            raise SourceError(
+                f"{self.folder}: {len(missing)} parameters of the model are not in its weight files "
+                f"(first: {missing[0]}): download the model again"
+            )
+
+    def _convert(self, job: _Job) -> dict[str, torch.Tensor]:
+        transform = deepcopy(job.transform)
+        for pattern, name in job.sources:
+            transform.add_tensor(job.first_target, name, pattern, lambda name=name: self._read(name))
+        converted = transform.convert(job.first_target, model=self.model, config=self.model.config)
+        return {k: v[0] if isinstance(v, list) else v for k, v in converted.items()}
+
+    def _read(self, name: str) -> torch.Tensor:
+        """One checkpoint tensor; the file is closed again so that its pages leave this process."""
+        path = self._files[name][0]
+        with _readable(path), safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"{path}: not a readable safetensors file ({error}): download it again") from error
+
+
+def resolve(model: str | Path) -> Path:
+    """The local folder of `model`: a path, or a Hugging Face hub id that is downloaded (or found in the cache)."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise SourceError(f"{folder} is a file: pass the folder that holds config.json and the safetensors weights")
+    name = str(model)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise SourceError(f"no folder {name}: pass a model folder or a Hugging Face id such as org/name")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub raises a dozen types; all mean that the model did not come
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SourceError(
+            f"model {name} is neither a folder nor to be had from the hub ({reason}): check the name, the network, "
+            "or for a gated model accept its licence and run `hf auth login`"
+        ) from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SourceError(f"{folder} holds no config.json: pass a Hugging Face model folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path} is not valid JSON ({error}): download it again") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{path} holds a {type(config).__name__}, expected a JSON object: download it again")
+    if "anyprec" in config:
+        raise SourceError(
+            f"{folder} is an original Any-Precision checkpoint: quantize the float model instead "
+            "(an importer, `everybit import`, is planned and not there yet)"
+        )
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        what = "already an overlay" if method == "everybit" else f"already quantized ({method})"
+        raise SourceError(f"{folder} is {what}: pass the float model it was made from")
+    return config
+
+
+def _empty_model(folder: Path) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers raises many types here; every one means "cannot build this model"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SourceError(
+            f"{folder}/config.json: transformers cannot build a causal language model from it ({reason}): "
+            "expected an architecture with a *ForCausalLM class (remote code is never run)"
+        ) from error
+
+
+def _tensor_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Checkpoint tensor name -> (file, dtype); every header is read, no data."""
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise SourceError(f"{index} is not a valid index ({error!r}): download it again") from error
+        absent = sorted(named - {f.name for f in files})
+        if absent:
+            raise SourceError(f"{folder}: the index names {absent[0]}, which is not there: download the model again")
+        files = [f for f in files if f.name in named]
+    elif (folder / "model.safetensors").is_file():
+        files = [folder / "model.safetensors"]
+    if not files:
+        if any((folder / p).exists() for p in PICKLES) or list(folder.glob("*.bin")):
+            raise SourceError(
+                f"{folder} holds pickle weights only (*.bin), which can run code when opened: "
+                "convert them to safetensors first"
+            )
+        raise SourceError(f"{folder} holds no *.safetensors weights: download the model again")
+    tensors: dict[str, tuple[Path, str]] = {}
+    for path in files:
+        with _readable(path), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                dtype = file.get_slice(name).get_dtype()
+                if name in tensors:
+                    raise SourceError(f"{path}: tensor {name} is also in {tensors[name][0].name}: download it again")
+                tensors[name] = (path, dtype)
+    return tensors
