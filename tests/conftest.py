@@ -1,4 +1,4 @@
-"""Fixtures and settings for every test: no network, two threads, real models when they lie beside the checkout."""
+"""Fixtures and settings for every test: no network, one torch thread, real models when they lie beside the checkout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy models: two threads on a busy two-core machine were 5x slower
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path

@@ -75,8 +75,8 @@ using Matrix = Array<const float, 2>;
 // codebooks[i] belongs to bits[i] and has `width(bits)` columns.
 template <void (*kSolve)(const everybit::Problem&), bool kAffine>
 void bind_solve(const Matrix& weights, const std::optional<Matrix>& sensitivity, const std::vector<int>& bits,
-                std::uint64_t seed, const Array<std::uint8_t, 2>& codes,
-                const std::vector<Array<float, 2>>& codebooks, int threads) {
+                std::uint64_t seed, const Array<std::uint8_t, 2>& codes, const std::vector<Array<float, 2>>& codebooks,
+                int threads) {
   const std::size_t rows = weights.shape(0), columns = weights.shape(1);
   require(columns >= 1, "a row needs at least one weight");
   require(!sensitivity || (sensitivity->shape(0) == rows && sensitivity->shape(1) == columns),
@@ -84,8 +84,15 @@ void bind_solve(const Matrix& weights, const std::optional<Matrix>& sensitivity,
   require(codes.shape(0) == rows && codes.shape(1) == columns, "codes must be " + shape_of(rows, columns));
   require(!bits.empty() && bits.front() >= 2 && bits.back() <= everybit::kMaxBits && codebooks.size() == bits.size(),
           "bits must lie in 2..8, with one codebook each");
-  everybit::Problem problem{weights.data(), sensitivity ? sensitivity->data() : nullptr, rows, columns, bits, seed,
-                            threads, codes.data(), {}};
+  everybit::Problem problem{weights.data(),
+                            sensitivity ? sensitivity->data() : nullptr,
+                            rows,
+                            columns,
+                            bits,
+                            seed,
+                            threads,
+                            codes.data(),
+                            {}};
   for (std::size_t i = 0; i < bits.size(); ++i) {
     require(i == 0 || bits[i - 1] < bits[i], "bits must ascend");
     const std::size_t width = kAffine ? 2 : std::size_t{1} << bits[i];

@@ -14,6 +14,7 @@ namespace everybit {
 namespace {
 
 constexpr float kForbidden = 1e30f;  // as in window.cc
+constexpr int kCapRounds = 8;        // each divides an outlier's share by about `bins`
 
 // cbrt to 1 %: exponent and mantissa divided by three, one Newton step. Placing first cuts needs no more, and
 // std::cbrt would cost as much as sorting the row.
@@ -76,6 +77,19 @@ void compand(const SortedRow& row, std::size_t bins, std::vector<std::uint32_t>&
   compand_mass(row.value.data(), row.weight_sum.data(), n, mass.data());
   double total = 0;
   for (std::size_t i = 0; i + 1 < n; ++i) total += mass[i];
+  // Two edges are all that a gap can use, so the mass of a wide gap (an outlier) is cut back to one part, round
+  // by round because that shrinks the parts; otherwise one outlier would take nearly every edge.
+  for (int round = 0; round < kCapRounds; ++round) {
+    const auto cap = static_cast<float>(total / static_cast<double>(bins));
+    const float wide = 1.5f * cap;
+    bool capped = false;
+    total = 0;
+    for (std::size_t i = 0; i + 1 < n; ++i) {
+      if (mass[i] > wide) mass[i] = cap, capped = true;
+      total += mass[i];
+    }
+    if (!capped) break;
+  }
   double sum = 0;
   std::size_t edge = 1;
   for (std::size_t i = 0; i + 1 < n && edge < bins; ++i) {
@@ -103,8 +117,7 @@ void CoarseSearch::cut(const SortedRow& row, const JointLevels& levels, const st
     if (level == levels.base) {
       for (std::size_t i = 0; i < count; ++i)
         for (std::size_t j = 0; j < stride; ++j)
-          table[i * stride + j] =
-              j >= i && j < count ? levels.importance[level] * error_[i * stride + j] : kForbidden;
+          table[i * stride + j] = j >= i && j < count ? levels.importance[level] * error_[i * stride + j] : kForbidden;
     } else {
       join_halves(table_[level + 1].data(), error_.data(), count, stride, levels.importance[level], table.data());
     }

@@ -54,9 +54,9 @@ void dequantize_row(const std::uint8_t* const* planes, const float* table, std::
 }
 
 using DequantizeRow = void (*)(const std::uint8_t* const*, const float*, std::size_t, float*);
-constexpr std::array<DequantizeRow, 9> kDequantizeRow = {
-    nullptr,           dequantize_row<1>, dequantize_row<2>, dequantize_row<3>, dequantize_row<4>,
-    dequantize_row<5>, dequantize_row<6>, dequantize_row<7>, dequantize_row<8>};
+constexpr std::array<DequantizeRow, 9> kDequantizeRow = {nullptr,           dequantize_row<1>, dequantize_row<2>,
+                                                         dequantize_row<3>, dequantize_row<4>, dequantize_row<5>,
+                                                         dequantize_row<6>, dequantize_row<7>, dequantize_row<8>};
 
 }  // namespace
 

@@ -32,8 +32,8 @@ constexpr std::array<UnpackRow, 9> kUnpackRow = {nullptr,       unpack_row<1>, u
 
 }  // namespace
 
-void pack_planes(const std::uint8_t* codes, std::size_t rows, std::size_t columns, int planes,
-                 std::uint8_t* packed, int threads) {
+void pack_planes(const std::uint8_t* codes, std::size_t rows, std::size_t columns, int planes, std::uint8_t* packed,
+                 int threads) {
   const std::size_t bytes = (columns + 7) / 8;
   parallel_rows(rows, rows_per_chunk(columns), threads, [=] {
     return [=](std::size_t row) {

@@ -49,7 +49,7 @@ void SortedRow::sort(const float* weights, std::size_t columns) {
   for (std::size_t k = 0; k < columns; ++k) column[k] = static_cast<std::uint32_t>(keys_[k]);
 }
 
-void SortedRow::load(const float* weights, const float* sensitivity, std::size_t columns) {
+void SortedRow::load(const float* weights, const float* sensitivity, std::size_t columns, Equals equals) {
   sort(weights, columns);
   double total = 0;
   if (sensitivity)
@@ -74,7 +74,7 @@ void SortedRow::load(const float* weights, const float* sensitivity, std::size_t
     double w = 0;
     do {
       w += sensitivity ? sensitivity[column[place]] + least : least;
-    } while (++place < columns && weights[column[place]] == x);
+    } while (++place < columns && equals == Equals::kMerged && weights[column[place]] == x);
     w *= weight_scale;
     const double v = (x - middle) * scale;
     value[points] = v;
@@ -113,8 +113,11 @@ void CellWriter::write(const SortedRow& row, const std::vector<std::uint32_t>& c
   }
   for (std::size_t node = leaves - 1; node >= 1; --node) {
     const Sums &left = sums_[2 * node], &right = sums_[2 * node + 1];
-    sums_[node] = {left.weight + right.weight, left.moment + right.moment, left.count + right.count,
-                   left.plain + right.plain,   left.count > 0 ? left.low : right.low,
+    sums_[node] = {left.weight + right.weight,
+                   left.moment + right.moment,
+                   left.count + right.count,
+                   left.plain + right.plain,
+                   left.count > 0 ? left.low : right.low,
                    right.count > 0 ? right.high : left.high};
   }
   for (std::size_t node = 1; node < 2 * leaves; ++node) {

@@ -3,8 +3,8 @@
 // Source: Any-Precision LLM (Park et al., ICML 2024) section 3, "incremental upscaling"; seeds as in
 // SqueezeLLM (weighted k-means), started by greedy k-means++ (Arthur and Vassilvitskii 2007, with the
 // local trials of scikit-learn) and refined by at most 50 rounds of Lloyd. We differ in this only: rows
-// have their own random stream (any thread count gives the same codes), equal weights are never
-// parted, and a weight of exactly zero keeps its sensitivity.
+// have their own random stream (any thread count gives the same codes), a row with at most 2^seed distinct
+// values is kept exactly, and a weight of exactly zero keeps its sensitivity.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -120,8 +120,8 @@ class Seeder {
   Insertion try_point(const SortedRow& row, std::size_t point) const {
     Insertion in;
     in.centre = row.value[point];
-    in.place = static_cast<std::size_t>(std::upper_bound(centres_.begin(), centres_.end(), in.centre) -
-                                        centres_.begin());
+    in.place =
+        static_cast<std::size_t>(std::upper_bound(centres_.begin(), centres_.end(), in.centre) - centres_.begin());
     const std::size_t p = in.place;
     const bool has_left = p > 0, has_right = p < centres_.size();
     in.left = has_left ? boundary(row, (centres_[p - 1] + in.centre) / 2, borders_[p - 1]) : 0;
@@ -155,9 +155,11 @@ void solve_upscale(const Problem& problem) {
   parallel_rows(problem.rows, 4, problem.threads, [&] {
     return [&, row = SortedRow(), seeder = Seeder(), writer = CellWriter(),
             cuts = std::vector<std::uint32_t>()](std::size_t index) mutable {
-      row.load(problem.weights_row(index), problem.sensitivity_row(index), problem.columns);
+      const float* weights = problem.weights_row(index);
       const std::size_t cells = std::size_t{1} << problem.bits.front();
-      if (row.points <= cells) {
+      row.load(weights, problem.sensitivity_row(index), problem.columns, Equals::kApart);
+      if (row.distinct(weights, cells + 1) <= cells) {
+        row.load(weights, problem.sensitivity_row(index), problem.columns, Equals::kMerged);
         cut_every_point(row, cells, cuts);
       } else {
         Stream stream(problem.seed, index);

@@ -55,7 +55,7 @@ class WindowSearch {
               float importance, bool add, float* block) const;
   void trace(const JointLevels& levels, int level, std::size_t cell);
 
-  std::vector<std::uint32_t> places_;                   // [cuts, kWindow]
+  std::vector<std::uint32_t> places_;                    // [cuts, kWindow]
   std::array<std::vector<Block>, kMaxBits + 1> blocks_;  // per level and cell: best objective inside
   std::vector<std::array<float, kWindow>> chain_;
   std::vector<std::size_t> chosen_;

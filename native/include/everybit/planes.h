@@ -11,8 +11,8 @@
 namespace everybit {
 
 // codes u8[rows, columns] -> packed u8[planes, rows, ceil(columns/8)]; only the low `planes` bits count.
-void pack_planes(const std::uint8_t* codes, std::size_t rows, std::size_t columns, int planes,
-                 std::uint8_t* packed, int threads);
+void pack_planes(const std::uint8_t* codes, std::size_t rows, std::size_t columns, int planes, std::uint8_t* packed,
+                 int threads);
 
 // planes[k] u8[rows, ceil(columns/8)], k = 0 most significant -> codes u8[rows, columns].
 void unpack_codes(const std::vector<const std::uint8_t*>& planes, std::size_t rows, std::size_t columns,

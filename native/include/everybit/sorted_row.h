@@ -1,7 +1,6 @@
-// A row of weights as sorted distinct points with prefix sums, ready for interval clustering.
+// A row of weights as sorted points with prefix sums, ready for interval clustering.
 //
-// Equal weights are merged into one point: a cut cannot part them, and a row with few distinct values is
-// then small. Points are moved to the row's median and scaled to [-1, 1], sensitivities to a sum of 1:
+// Points are moved to the row's median and scaled to [-1, 1], sensitivities to a sum of 1:
 // prefix sums in double then lose nothing that matters even beside an outlier.
 #pragma once
 
@@ -13,15 +12,27 @@
 
 namespace everybit {
 
+// Equal weights can become one point (no cut parts them, and a row with few distinct values is then small) or
+// stay apart (as the original solver has them: its bisection depends on how many there are).
+enum class Equals { kMerged, kApart };
+
 struct SortedRow {
-  std::size_t points = 0;             // n distinct values
+  std::size_t points = 0;             // n
   std::vector<std::uint32_t> column;  // [K]   columns in ascending order of weight
   std::vector<std::uint32_t> start;   // [n+1] points' first places in `column`
   std::vector<double> value;          // [n]   moved and scaled, ascending
   // [n+1] sums over the points before i of weight, weight*value, weight*value^2
   std::vector<double> weight_sum, moment_sum, square_sum;
 
-  void load(const float* weights, const float* sensitivity, std::size_t columns);
+  void load(const float* weights, const float* sensitivity, std::size_t columns, Equals equals);
+
+  // Counts distinct values, stopping at `enough`.
+  std::size_t distinct(const float* weights, std::size_t enough) const {
+    std::size_t count = 1;
+    for (std::size_t place = 1; place < column.size() && count < enough; ++place)
+      count += weights[column[place]] != weights[column[place - 1]];
+    return count;
+  }
 
   // Weighted squared error of points [i, j) around their mean, i <= j.
   double cost(std::size_t i, std::size_t j) const {

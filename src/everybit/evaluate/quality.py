@@ -27,6 +27,10 @@ BATCH_BYTES = 64 << 20  # float32 logits of one forward call
 BATCH_TOKENS = 4096  # beyond this a batch gains no speed and its activations cost memory
 SLICE_BYTES = 32 << 20  # float64 log-probabilities worked on at once
 
+_VOCABULARIES_DIFFER = (
+    "the reference knows {} tokens and the quantized model {}; expected the model that was quantized as the reference"
+)
+
 Batch = Sequence[Sequence[int]]  # windows of one length
 
 
@@ -66,7 +70,7 @@ def evaluate(
     Cost:    one forward pass of the text per precision and one of the reference. Beyond the models and the activations
              of one batch: the reference's logits of a chunk, at most 256 MB or one window, whichever is more; the
              logits of a batch, at most 64 MB or one window; about 100 MB of work space; 4 bytes per token and precision
-    Mutates: the precision of `model`, which is left at the last one
+    Mutates: the precision of `model`, which is left at the last one. Progress goes to stderr where that is a terminal
     Raises:  PrecisionError, ShapeError (vocabularies differ), SourceError (token ids beyond the vocabulary)
     """
     if not precisions:
@@ -77,8 +81,12 @@ def evaluate(
     reference_tally = _Tally()
     highest = max(max(window) for window in windows.ids)
     vocabulary = _vocabulary(model, highest)
+    if reference is not None and (other := _vocabulary(reference, highest)) != vocabulary:
+        raise ShapeError(_VOCABULARIES_DIFFER.format(other, vocabulary))
     chunks = list(_chunks(list(_batches(windows.ids, vocabulary)), vocabulary))
-    bar = tqdm(total=windows.tokens * (len(tallies) + (reference is not None)), unit="tok", disable=not progress)
+    bar = tqdm(
+        total=windows.tokens * (len(tallies) + (reference is not None)), unit="tok", disable=None if progress else True
+    )
     with torch.inference_mode(), bar:
         for chunk in chunks:
             held: list[torch.Tensor | None] = [None] * len(chunk)
@@ -100,6 +108,8 @@ def evaluate(
     for bits, tally in tallies.items():
         cost = size(bits) if size else None
         kl = np.concatenate(tally.kl) if reference is not None else None
+        with np.errstate(invalid="ignore"):  # infinite KL: inf - inf inside the interpolation
+            p99 = None if kl is None else float(np.quantile(kl, 0.99))
         rows.append(
             Row(
                 bits=bits,
@@ -108,7 +118,7 @@ def evaluate(
                 ppl=_perplexity(tally.nll, tokens),
                 bits_per_byte=_bits_per_byte(tally.nll, text_bytes),
                 kl_mean=None if kl is None else float(kl.mean(dtype=np.float64)),
-                kl_p99=None if kl is None else float(np.quantile(kl, 0.99)),
+                kl_p99=p99,
                 top1=None if kl is None else tally.agreed / tokens,
             )
         )
@@ -181,10 +191,7 @@ def _score(tally: _Tally, batch: Batch, logits: torch.Tensor, floats: torch.Tens
     import torch
 
     if floats is not None and floats.shape != logits.shape:
-        raise ShapeError(
-            f"the reference predicts {floats.shape[-1]} tokens and this model {logits.shape[-1]}; "
-            "the reference must be the model that was quantized"
-        )
+        raise ShapeError(_VOCABULARIES_DIFFER.format(floats.shape[-1], logits.shape[-1]))
     targets = torch.tensor(batch, dtype=torch.long, device=logits.device)[:, 1:].reshape(-1, 1)
     step = max(1, SLICE_BYTES // (logits.shape[-1] * 8))
     for start in range(0, len(logits), step):

@@ -19,6 +19,7 @@ from everybit.formats.inventory import CHECKSUM_PREFIX, check_checksums, check_t
 from everybit.formats.jsontext import parse_object
 from everybit.formats.recognize import require_config, require_folder, require_overlay
 from everybit.formats.shard import Shard
+from everybit.formats.sizes import SizeReport
 from everybit.formats.tensors import TensorSpec, show
 from everybit.formats.weights import WeightSpec, require_bits
 
@@ -43,7 +44,8 @@ class Overlay:
         self._shards = shards
         self._shard_of = {name: shard for shard in shards for name in shard.entries}
         self._verify = verify
-        self._verified: set[str] = set()
+        self._verified: set[str] = set()  # tensors whose checksum was right
+        self._padded: set[str] = set()  # planes whose padding was zero
         for shard in shards:
             self.metadata |= {k: v for k, v in shard.metadata.items() if not k.startswith(CHECKSUM_PREFIX)}
 
@@ -125,13 +127,18 @@ class Overlay:
         found = []
         for plane in range(bits):
             name = spec.plane_name(plane)
-            known = name in self._verified
             view = self.tensor(name).reshape(spec.rows, -1)
-            if self._verify and not known and spec.columns % 8 and bool((view[:, -1] >> (spec.columns % 8)).any()):
+            if (
+                self._verify
+                and name not in self._padded
+                and spec.columns % 8
+                and bool((view[:, -1] >> (spec.columns % 8)).any())
+            ):
                 raise FormatError(
                     f"{self._find(name).path}: tensor {show(name)}: bits after column {spec.columns} are set, "
                     "expected zero padding: quantize again, or download it again"
                 )
+            self._padded.add(name)
             found.append(view)
         return found
 
@@ -174,8 +181,12 @@ class Overlay:
 
     def stored_bpw(self) -> float:
         """Bits per quantized parameter that the folder stores: every plane and every codebook."""
-        stored = sum(self.spec_of(name).nbytes for spec in self.weights.values() for name in spec.tensors())
-        return stored * 8 / self.parameters
+        return self.sizes().stored_bpw
+
+    def sizes(self) -> SizeReport:
+        """What each precision costs, and the folder as a whole; reads no data."""
+        layout = {name: shard.entries[name].spec for name, shard in self._shard_of.items()}
+        return SizeReport.of(self.weights.values(), self.bits, layout)
 
     @property
     def parameters(self) -> int:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from everybit.errors import FormatError
 from everybit.formats.files import open_inside
 from everybit.formats.jsontext import parse_object
-from everybit.formats.tensors import TensorSpec, is_tensor_name, show
+from everybit.formats.tensors import TensorSpec, is_tensor_name, is_text, show
 
 HEADER_BYTES_LIMIT = 100_000_000  # the limit of the safetensors library
 ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
@@ -114,6 +114,9 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any],
 def _parse_metadata(found: Any, path: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise FormatError(f"{path}: __metadata__ {show(found)} arrived, expected names with texts: download it again")
+    for key, value in found.items():
+        if not is_text(key) or not is_text(value):
+            raise FormatError(f"{path}: __metadata__ {show(key)} is not valid Unicode: download it again")
     return found
 
 
@@ -125,7 +128,8 @@ def _parse_entries(header: dict[str, Any], start: int, size: int, path: Path) ->
             kind = "overlaps" if entry.begin < reached else "leaves a hole after"
             raise FormatError(
                 f"{path}: tensor {show(name)} {kind} {before}: "
-                f"it begins at byte {show(entry.begin - start)} of the data, expected {reached - start}: download it again"
+                f"it begins at byte {show(entry.begin - start)} of the data, expected {reached - start}: "
+                "download it again"
             )
         reached, before = entry.end, show(name)
     if reached != size:

@@ -75,7 +75,16 @@ class TensorSpec:
 
 def is_tensor_name(name: str) -> bool:
     """Whether a file can hold a tensor of that name: Unicode text, and not the key of the metadata."""
-    return bool(name) and name != "__metadata__" and not any(0xD800 <= ord(letter) <= 0xDFFF for letter in name)
+    return bool(name) and name != "__metadata__" and is_text(name)
+
+
+def is_text(text: str) -> bool:
+    """Whether a string can be encoded: JSON escapes may hold half a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def show(value: object, limit: int = 80) -> str:

@@ -16,9 +16,9 @@ def pack_planes(codes: NDArray[np.uint8], planes: int) -> NDArray[np.uint8]:
 
 def unpack_codes(planes: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
     """Join bit-planes. Shapes: B arrays u8[N, ceil(K/8)] -> codes u8[N, K]."""
-    codes = np.zeros((len(planes[0]), columns), np.uint8)
+    codes: NDArray[np.uint8] = np.zeros((len(planes[0]), columns), np.uint8)
     for plane in planes:
-        codes = (codes << 1) | np.unpackbits(plane, axis=1, count=columns, bitorder="little")
+        codes = ((codes << 1) | np.unpackbits(plane, axis=1, count=columns, bitorder="little")).astype(np.uint8)
     return codes
 
 

@@ -26,9 +26,9 @@ from everybit.quantize.card import model_card
 from everybit.quantize.discover import Target, discover
 from everybit.quantize.encode import encode, matrices, plain
 from everybit.quantize.sensitivity import SensitivityFile, accumulate
-from everybit.quantize.solvers import KINDS
+from everybit.quantize.solvers import SOLVERS
 from everybit.quantize.source import Source, resolve
-from everybit.quantize.workspace import STATISTICS, copy_side_files, free_output, workspace
+from everybit.quantize.workspace import STATISTICS, copy_side_files, free_output, new_folder, promote, writable
 
 TABLE_DTYPES = {"float16": "F16", "float32": "F32"}
 
@@ -85,25 +85,27 @@ def quantize(
     Mutates: creates `out`; `out.partial` while it runs.
     Raises: SourceError, PrecisionError, OutputError; nothing appears under `out` then.
     """
-    if solver not in KINDS:
-        raise SourceError(f"unknown solver {solver!r}: expected one of {', '.join(KINDS)}")
+    if solver not in SOLVERS:
+        raise SourceError(f"unknown solver {solver!r}: expected one of {', '.join(SOLVERS)}")
     if table_dtype not in TABLE_DTYPES:
         raise SourceError(f"unknown table dtype {table_dtype!r}: expected one of {', '.join(TABLE_DTYPES)}")
     bits = check_bits(tuple(bits))
     overrides = {pattern: check_bits(tuple(b), f"override {pattern}") for pattern, b in (override or {}).items()}
     record, text = calibrate.describe(calibration, calibration_sequences, calibration_length, seed)
-    out = free_output(Path(out).expanduser(), resume, dry_run)
+    out = Path(out).expanduser()
+    partial = free_output(out, resume, dry_run)
 
     source = Source(resolve(model))
     targets, left = discover(source.model, list(ignore), list(overrides))
-    kind, lut_dtype = KINDS[solver], TABLE_DTYPES[table_dtype]
+    kind = "affine" if solver == "uniform" else "table"
+    lut_dtype = TABLE_DTYPES[table_dtype]
     specs = {t.name: WeightSpec(t.name, t.shape, _bits_of(t, bits, overrides), kind, t.transposed) for t in targets}
     provenance = {
         "everybit_version": __version__,
         "solver": solver,
         "seed": seed,
         "calibration": record.provenance(),
-        "source": {"name": source.folder.resolve().name, "config_sha256": source.config_sha256},
+        "source": {"name": source.folder.resolve().name, "sha256": {} if dry_run else source.checksums(progress)},
     }
     config = {**source.config, "quantization_config": QuantizationConfig(bits, kind, specs, provenance).to_dict()}
     layout: dict[str, TensorSpec] = {}
@@ -113,28 +115,32 @@ def quantize(
     if dry_run:
         return QuantizeReport(out, sizes, left, [], [], True)
 
-    options = {"config": config, "files": source.fingerprint(), "table_dtype": table_dtype, "shard_bytes": shard_bytes}
     zeros: list[str] = []
-    with workspace(out, options) as partial:
-        sensitivity, unreached = _measure(source, targets, record, text, partial / STATISTICS, progress)
-        writer = OverlayWriter(partial, layout, config, shard_bytes)
-        with tqdm(total=sizes.parameters, unit="w", unit_scale=True, desc="quantizing", disable=not progress) as bar:
-            for name, tensor in source.parameters():
-                spec = specs.get(name)
-                if name not in writer.done:
-                    if spec is None:
-                        writer.write_group(name, {name: plain(name, tensor, source.folder)})
-                    else:
-                        weights = matrices(tensor, spec, source.folder)
-                        importance = sensitivity.read(name) if sensitivity else None
-                        writer.write_group(name, encode(spec, weights, importance, solver, lut_dtype, seed, threads))
-                if spec is not None:
-                    bar.update(spec.parameters)
-                    if not tensor.any():
+    unreached: list[str] = []
+    with new_folder(partial), OverlayWriter(partial, layout, config, shard_bytes) as writer:
+        if not writer.complete:  # else: killed between the last byte and the rename
+            sensitivity, unreached = _measure(source, targets, record, text, partial / STATISTICS, progress)
+            with tqdm(
+                total=sizes.parameters, unit="w", unit_scale=True, desc="quantizing", disable=not progress
+            ) as bar:
+                for name, tensor in source.parameters():
+                    spec = specs.get(name)
+                    if spec is not None and not tensor.any():
                         zeros.append(name)
-        copy_side_files(source.folder, partial)
-        (partial / "README.md").write_text(model_card(config, sizes), encoding="utf-8")
+                    if name not in writer.done:
+                        if spec is None:
+                            group = {name: plain(name, tensor, source.folder)}
+                        else:
+                            weights = matrices(tensor, spec, source.folder)
+                            importance = sensitivity.read(name) if sensitivity else None
+                            group = encode(spec, weights, importance, solver, lut_dtype, seed, threads)
+                        writer.write_group(name, group)
+                    bar.update(spec.parameters if spec else 0)
+        with writable(partial):
+            copy_side_files(source.folder, partial)
+            (partial / "README.md").write_text(model_card(config, sizes), encoding="utf-8")
         writer.finish()
+    promote(partial, out)
     return QuantizeReport(out, sizes, left, unreached, zeros, False)
 
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from everybit.errors import SourceError
+from everybit.errors import OutputError, SourceError
 from everybit.quantize.discover import Target
 
 SAVE_EVERY_S = 60.0
@@ -144,8 +144,11 @@ def every_expert(model: Any) -> Iterator[None]:
 
 def _save(path: Path, fingerprint: str, done: int, sums: dict[str, torch.Tensor]) -> None:
     temporary = path.with_suffix(".tmp")
-    save_file(sums, temporary, metadata={"state": json.dumps({"fingerprint": fingerprint, "done": done})})
-    os.replace(temporary, path)
+    try:
+        save_file(sums, temporary, metadata={"state": json.dumps({"fingerprint": fingerprint, "done": done})})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {path} ({error}): free space, then continue with --resume") from error
 
 
 def _resume(path: Path, fingerprint: str) -> tuple[int, dict[str, torch.Tensor]]:

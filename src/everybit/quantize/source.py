@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -84,14 +85,20 @@ class Source:
         """The safetensors dtype name of the checkpoint tensors that a parameter is made from."""
         return self._dtypes[target]
 
-    @property
-    def config_sha256(self) -> str:
-        return hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
-
-    def fingerprint(self) -> dict[str, list[int]]:
-        """Name -> size and modification time of the weight files, to notice a source that changed between runs."""
-        files = sorted({path for path, _ in self._files.values()})
-        return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    def checksums(self, progress: bool) -> dict[str, str]:
+        """The sha256 of config.json and of every weight file: what exactly the overlay was made from."""
+        files = [self.folder / "config.json", *sorted({path for path, _ in self._files.values()})]
+        total = sum(path.stat().st_size for path in files)
+        sums = {}
+        with tqdm(total=total, unit="B", unit_scale=True, desc="checking source", disable=not progress) as bar:
+            for path in files:
+                digest = hashlib.sha256()
+                with _readable(path), path.open("rb") as file:
+                    while chunk := file.read(16 << 20):
+                        digest.update(chunk)
+                        bar.update(len(chunk))
+                sums[path.name] = digest.hexdigest()
+        return sums
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter with its tensor, in a fixed order; the caller drops each before the next."""

@@ -1,66 +1,59 @@
-"""Where an overlay grows: `OUT.partial`, locked, stamped with its options, renamed to OUT when complete."""
+"""Where an overlay grows: `OUT.partial`, renamed to OUT when it is complete."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from everybit.errors import OutputError
+from everybit.errors import OutputError, ShapeError, SourceError
 
-STATISTICS, OPTIONS, LOCK = "sensitivity.part", "options.json.part", ".lock"
+STATISTICS = "sensitivity.part"  # not *.safetensors: it is no part of the overlay
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")  # tokenizer, generation config, licence
 
 
-def free_output(out: Path, resume: bool, dry_run: bool) -> Path:
-    """`out`, if nothing stands there and no interrupted run waits beside it. Raises: OutputError"""
+def free_output(out: Path, resume: bool, dry_run: bool = False) -> Path:
+    """The partial folder of `out`, if nothing stands at `out` and no interrupted run waits unasked for.
+
+    Raises: OutputError
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists and is not empty: choose another output folder or remove it")
-    partial = partial_of(out)
+    partial = out.with_name(out.name + ".partial")
     if partial.exists() and not resume and not dry_run:
         raise OutputError(f"{partial} is left from an interrupted run: continue it with --resume, or remove it")
-    return out
-
-
-def partial_of(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
+    return partial
 
 
 @contextmanager
-def workspace(out: Path, options: dict[str, Any]) -> Iterator[Path]:
-    """The partial folder of `out`; on a clean exit it is renamed to `out`, otherwise it stays for `--resume`.
+def new_folder(partial: Path) -> Iterator[None]:
+    """Removes `partial` again when the input turns out to be unusable, unless it was there before.
 
-    Raises: OutputError when another run holds it, when it was begun with other options, or on a disk error.
+    A kill, a full disk or Ctrl-C leaves it for `--resume`.
     """
-    partial = partial_of(out)
-    stamp = json.dumps(options, sort_keys=True)
-    with writable(partial):
-        partial.mkdir(parents=True, exist_ok=True)
-        with open(partial / LOCK, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(f"{partial} is being written by another run: wait or choose another output") from None
-            recorded = partial / OPTIONS
-            if recorded.is_file() and recorded.read_text() != stamp:
-                raise OutputError(
-                    f"{partial} was begun with another model or other options: repeat the same command, or remove it"
-                )
-            temporary = partial / (OPTIONS + ".tmp")
-            temporary.write_text(stamp)
-            os.replace(temporary, recorded)
-            yield partial
-            for leftover in (STATISTICS, OPTIONS, LOCK):
-                (partial / leftover).unlink(missing_ok=True)
-            if out.is_dir():
-                out.rmdir()  # an empty folder that the user made
-            os.rename(partial, out)
+    before = partial.exists()
+    try:
+        yield
+    except (SourceError, ShapeError):
+        if not before:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except OutputError:
+        if partial.is_dir() and not any(partial.iterdir()):
+            partial.rmdir()  # refused before the first byte
+        raise
+
+
+def promote(partial: Path, out: Path) -> None:
+    """The finished partial folder becomes `out`. Raises: OutputError"""
+    with writable(out):
+        (partial / STATISTICS).unlink(missing_ok=True)
+        if out.is_dir():
+            out.rmdir()  # an empty folder that the user made
+        os.rename(partial, out)
 
 
 @contextmanager
@@ -78,5 +71,5 @@ def copy_side_files(source: Path, out: Path) -> None:
     """Tokenizer, generation config and licence; never weights, config.json or an index."""
     for pattern in SIDE_FILES:
         for file in sorted(source.glob(pattern)):
-            if file.is_file() and file.name not in ("config.json",) and not file.name.endswith(".index.json"):
+            if file.is_file() and file.name != "config.json" and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, out / file.name)

@@ -16,6 +16,7 @@ from everybit.errors import OutputError
 from everybit.formats import Overlay, OverlayWriter, TensorSpec
 from everybit.formats.weights import require_bits
 from everybit.integrations.transformers.weights import Slot
+from everybit.quantize.workspace import free_output, promote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
@@ -96,28 +97,24 @@ class OverlayModel(_Base):
                 f"save_pretrained of an overlay knows no {sorted(kwargs)[0]!r}: save, then use the folder"
             )
         out = Path(save_directory)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise OutputError(f"{out} exists and is not empty: choose another folder")
+        partial = free_output(out, resume=False)
         plain = {n: t for n, t in self.state_dict().items() if n not in (self.all_tied_weights_keys or {})}
         layout = {n: TensorSpec(DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in plain.items()}
         for spec in self.overlay.weights.values():
             layout |= {name: self.overlay.spec_of(name) for name in spec.tensors()}
         config = json.loads(self.config.to_json_string(use_diff=True))
         config["architectures"] = [type(self).__name__]
-        partial = out.with_name(out.name + ".partial")
-        writer = OverlayWriter(partial, layout, config, shard_bytes)
-        for name, tensor in plain.items():
-            tensor = tensor.detach().cpu().contiguous()
-            data = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
-            writer.write_group(name, {name: data.numpy()})
-        for name, spec in self.overlay.weights.items():
-            writer.write_group(name, {t: self.overlay.tensor(t) for t in spec.tensors()})
-        if self.can_generate():
-            self.generation_config.save_pretrained(partial)
-        writer.finish()
-        if out.is_dir():
-            out.rmdir()
-        os.rename(partial, out)
+        with OverlayWriter(partial, layout, config, shard_bytes) as writer:
+            for name, tensor in plain.items():
+                tensor = tensor.detach().cpu().contiguous()
+                data = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+                writer.write_group(name, {name: data.numpy()})
+            for name, spec in self.overlay.weights.items():
+                writer.write_group(name, {t: self.overlay.tensor(t) for t in spec.tensors()})
+            if self.can_generate():
+                self.generation_config.save_pretrained(partial)
+            writer.finish()
+        promote(partial, out)
 
 
 @cache

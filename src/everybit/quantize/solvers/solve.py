@@ -16,7 +16,6 @@ from everybit import _native
 from everybit.errors import PrecisionError, ShapeError, SourceError
 
 Values = NDArray[np.float32]
-SolverName = Literal["tree", "upscale", "uniform"]
 
 _NATIVE = {"tree": _native.solve_tree, "upscale": _native.solve_upscale, "uniform": _native.solve_uniform}
 SOLVERS = tuple(_NATIVE)
@@ -51,7 +50,7 @@ def solve(
     weights: Values,
     sensitivity: Values | None,
     bits: Sequence[int],
-    solver: SolverName = "tree",
+    solver: str = "tree",
     seed: int = 0,
     threads: int = 0,
 ) -> Solution:

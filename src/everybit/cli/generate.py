@@ -1,0 +1,85 @@
+"""`everybit generate OVERLAY --prompt TEXT`: text at a chosen precision."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from everybit.errors import SourceError
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "generate", help="write text at a chosen precision", description="Continue a prompt at a chosen precision."
+    )
+    parser.add_argument("overlay", metavar="OVERLAY", help="folder made by everybit quantize")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--bits", type=int, help="precision (default: the highest it has)")
+    parser.add_argument("--max-tokens", type=int, default=100, help="new tokens at most (default 100)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0, help="for temperatures above 0")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of streaming text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    for option, value, good, expected in (
+        ("--max-tokens", args.max_tokens, args.max_tokens >= 1, "1 or more"),
+        ("--temperature", args.temperature, 0 <= args.temperature < float("inf"), "0 or more"),
+        ("--top-p", args.top_p, 0 < args.top_p <= 1, "above 0, at most 1"),
+    ):
+        if not good:
+            raise SourceError(f"{option} {value}: expected {expected}")
+
+    import everybit
+
+    model = everybit.load(args.overlay, bits=args.bits)
+    import torch
+    from transformers import TextStreamer
+
+    tokenizer = load_tokenizer(args.overlay)
+    inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)
+    count = int(inputs["input_ids"].shape[1])
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or count + args.max_tokens
+    if not 0 < count < context:
+        raise SourceError(
+            f"--prompt has {count} tokens, expected 1 to {context - 1} (the model's context is {context})"
+        )
+    new = min(args.max_tokens, context - count)
+    if new < args.max_tokens:
+        print(f"stopping after {new} tokens: the model's context is {context}", file=sys.stderr)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if args.temperature > 0:
+        torch.manual_seed(args.seed)
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    streamer = None if args.json else TextStreamer(tokenizer, skip_special_tokens=True)
+    start = time.perf_counter()
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = model.generate(**inputs, max_new_tokens=new, streamer=streamer, pad_token_id=padding, **sampling)[0]
+    seconds = time.perf_counter() - start
+    if args.json:
+        document = {
+            "prompt": args.prompt,
+            "text": tokenizer.decode(ids[count:], skip_special_tokens=True),
+            "bits": model.precision,
+            "prompt_tokens": count,
+            "new_tokens": int(ids.shape[0]) - count,
+            "seconds": seconds,
+        }
+        print(json.dumps(document))
+    return 0
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer in a model folder. Raises: SourceError"""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # many types; all mean that there is none to use
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SourceError(f"{folder} has no usable tokenizer ({reason}): copy tokenizer.json into it") from error

@@ -1,0 +1,102 @@
+"""`everybit quantize MODEL OUT`: a float model to an overlay."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from everybit.cli.options import parse_bits
+from everybit.errors import SourceError
+
+if TYPE_CHECKING:
+    from everybit.quantize.build import QuantizeReport
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "quantize",
+        help="quantize a model once, for every precision",
+        description="Quantize a float model (folder or hub id) once into an overlay that holds every precision.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face model folder or hub id, float safetensors")
+    parser.add_argument("out", metavar="OUT", help="folder to create")
+    parser.add_argument("--bits", default="2-8", help="precisions to hold, such as 2-8, 3 or 2,4,8 (default 2-8)")
+    parser.add_argument(
+        "--calibration",
+        default="none",
+        metavar="FILE|self|none",
+        help="text that tells which weights matter: a UTF-8 file, text the model writes itself, or none (default)",
+    )
+    parser.add_argument("--solver", choices=("tree", "upscale", "uniform"), default="tree")
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="REGEX", help="leave matching modules as they are (repeatable)"
+    )
+    parser.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="REGEX=BITS",
+        help="give matching modules their own bits; also brings in an untied head (repeatable, the last match wins)",
+    )
+    parser.add_argument("--calibration-sequences", type=int, default=128, metavar="N")
+    parser.add_argument("--calibration-length", type=int, default=512, metavar="TOKENS")
+    parser.add_argument("--table-dtype", choices=("float16", "float32"), default="float16", help="of stored codebooks")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="0 (default): all cores")
+    parser.add_argument("--dry-run", action="store_true", help="print the size report and write nothing")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run (or start)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from everybit.quantize.build import quantize
+
+    override = {}
+    for item in args.override:
+        pattern, separator, bits = item.rpartition("=")
+        if not separator or not pattern:
+            raise SourceError(f"--override {item!r}: expected REGEX=BITS, such as 'down_proj=4-8'")
+        override[pattern] = parse_bits(bits)
+    report = quantize(
+        args.model,
+        args.out,
+        parse_bits(args.bits),
+        args.calibration,
+        args.solver,
+        args.ignore,
+        override,
+        seed=args.seed,
+        calibration_sequences=args.calibration_sequences,
+        calibration_length=args.calibration_length,
+        table_dtype=args.table_dtype,
+        threads=args.threads,
+        dry_run=args.dry_run,
+        resume=args.resume,
+    )
+    print(json.dumps(report.to_dict()) if args.json else describe(report))
+    if args.calibration == "none" and not args.json:
+        print("no calibration: pass --calibration FILE for better low precisions", file=sys.stderr)
+    return 0
+
+
+def describe(report: QuantizeReport) -> str:
+    """The size table, what was left alone, and the next command."""
+    lines = [str(report.sizes)]
+    reasons: dict[str, int] = {}
+    for reason in report.left.values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    lines += [f"left as they are: {count} x {reason}" for reason, count in reasons.items()]
+    for what, names in (
+        ("no calibration token reached", report.unreached),
+        ("all zeros (kept exactly):", report.zeros),
+    ):
+        if names:
+            lines.append(f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
+    if report.dry_run:
+        lines.append(f"dry run: nothing was written to {report.out}")
+    else:
+        lines.append(f'next: everybit generate {report.out} --prompt "Once upon a time" --bits 4')
+    return "\n".join(lines)

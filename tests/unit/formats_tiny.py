@@ -1,0 +1,57 @@
+"""A tiny overlay for the tests of formats: two weights of both codebook kinds, and two tensors left plain."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from everybit.formats import OverlayWriter, QuantizationConfig, TensorSpec, WeightSpec
+
+BITS = (2, 3, 4)
+TABLE = WeightSpec("a.weight", (6, 20), BITS)
+AFFINE = WeightSpec("b.experts", (2, 3, 16), BITS, "affine", transposed=True)
+PLAIN = {"norm.weight": TensorSpec("BF16", (7,)), "scale": TensorSpec("F32", ())}
+TENSORS = {**TABLE.tensors(), **AFFINE.tensors(), **PLAIN}
+GROUPS = {
+    "a.weight": list(TABLE.tensors()),
+    "b.experts": list(AFFINE.tensors()),
+    "norm": ["norm.weight"],
+    "s": ["scale"],
+}
+QUANTIZATION = QuantizationConfig(BITS, "table", {"a.weight": TABLE, "b.experts": AFFINE}, {"seed": 0})
+CONFIG = {"model_type": "llama", "quantization_config": QUANTIZATION.to_dict()}
+
+
+def arrays(seed: int = 0) -> dict[str, NDArray[Any]]:
+    """Every tensor of the overlay, padding bits zero."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, NDArray[Any]] = {}
+    for name, spec in TENSORS.items():
+        if spec.dtype == "U8":
+            found[name] = rng.integers(0, 256, spec.shape, np.uint8)
+        elif spec.dtype == "BF16":
+            found[name] = rng.integers(0, 0x7F80, spec.shape, np.uint16)
+        else:
+            found[name] = np.asarray(rng.normal(size=spec.shape)).astype(spec.numpy)
+        if name.startswith("a.weight_plane"):
+            found[name][:, -1] &= 0x0F  # 20 columns: the last byte holds four
+    return found
+
+
+def write(folder: Path, shard_bytes: int = 1 << 30, tensors: dict[str, NDArray[Any]] | None = None) -> Path:
+    """Writes the whole overlay."""
+    tensors = tensors or arrays()
+    with OverlayWriter(folder, TENSORS, CONFIG, shard_bytes) as writer:
+        for key, names in GROUPS.items():
+            writer.write_group(key, {name: tensors[name] for name in names})
+        writer.finish()
+    return folder
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """The sha256 of every file."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}

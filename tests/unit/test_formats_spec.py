@@ -1,0 +1,86 @@
+"""docs/spec.md is run: its worked example is written and compared byte by byte, its reader reads real overlays."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import formats_tiny as tiny
+import numpy as np
+import pytest
+
+from everybit.formats import Overlay, OverlayWriter, QuantizationConfig, WeightSpec
+from everybit.formats.config import KEYS, WEIGHT_KEYS
+
+SPEC = (Path(__file__).parents[2] / "docs" / "spec.md").read_text(encoding="utf-8")
+
+
+def block(language: str, heading: str) -> str:
+    """The first fenced block of a language after a heading."""
+    found = re.search(rf"^#+ {re.escape(heading)}$.*?^```{language}\n(.*?)^```$", SPEC, re.DOTALL | re.MULTILINE)
+    assert found, f"no {language} block under {heading!r}"
+    return found[1]
+
+
+def write_example(folder: Path) -> Path:
+    """The overlay of the worked example, from the codes and tables that the text states."""
+    stated = json.loads(block("json", "A worked example"))
+    codes = np.array(stated["codes"], np.uint8)
+    weight = WeightSpec("w", tuple(stated["shape"]), tuple(stated["bits"]))
+    config = {"quantization_config": QuantizationConfig(weight.bits, "table", {"w": weight}).to_dict()}
+    with OverlayWriter(folder, weight.tensors(), config) as writer:
+        for plane in range(3):
+            bits = codes >> (2 - plane) & 1
+            writer.write(f"w_plane{plane}", np.packbits(bits, axis=1, bitorder="little"))
+        for b in weight.bits:
+            writer.write(f"w_lut{b}", np.array(stated[f"lut{b}"], np.float16))
+        writer.finish()
+    return folder
+
+
+def test_the_worked_example_byte_by_byte(tmp_path: Path) -> None:
+    overlay = Overlay.open(write_example(tmp_path / "out"))
+    stated = block("text", "A worked example")
+    lines = []
+    for name in [f"w_plane{k}" for k in range(3)] + ["w_lut2", "w_lut3"]:
+        lines.append(f"{name:<9}{overlay.spec_of(name)!s:<11}{overlay.tensor(name).tobytes().hex(' ')}")
+    assert stated.splitlines() == lines
+    values = json.loads(block("json", "A worked example"))
+    for b in (2, 3):
+        expected = np.take_along_axis(
+            np.array(values[f"lut{b}"], np.float32), (np.array(values["codes"]) >> (3 - b)).astype(np.int64), axis=1
+        )
+        np.testing.assert_array_equal(reader()(tmp_path / "out", "w", b), expected)
+
+
+def reader() -> Callable[[Path, str, int], np.ndarray]:
+    """The example reader of the specification."""
+    source = block("python", "A reader in 25 lines")
+    assert len(source.splitlines()) <= 25
+    names: dict[str, Any] = {}
+    exec(compile(source, "docs/spec.md", "exec"), names)
+    return names["read"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 200])
+@pytest.mark.parametrize("parameter", ["a.weight", "b.experts"])
+@pytest.mark.parametrize("bits", tiny.BITS)
+def test_the_reader_of_the_specification(tmp_path: Path, shard_bytes: int, parameter: str, bits: int) -> None:
+    folder = tiny.write(tmp_path / "out", shard_bytes)
+    overlay = Overlay.open(folder)
+    spec = overlay.weights[parameter]
+    planes = [
+        np.unpackbits(plane, axis=1, bitorder="little")[:, : spec.columns].astype(np.int64)
+        for plane in overlay.planes(parameter, bits)
+    ]
+    codes = sum(plane << (bits - 1 - k) for k, plane in enumerate(planes))
+    expected = np.take_along_axis(overlay.table(parameter, bits), codes, axis=1).reshape(spec.shape)
+    np.testing.assert_array_equal(reader()(folder, parameter, bits), expected)
+
+
+def test_every_config_key_is_described() -> None:
+    described = set(re.findall(r"^\| `(\w+)`", SPEC, re.MULTILINE))
+    assert set(KEYS) | set(WEIGHT_KEYS) <= described
