@@ -52,16 +52,6 @@ def speak(model: Any, tokenizer: Any, prompt: str, tokens: int) -> tuple[str, fl
     return tokenizer.decode(new, skip_special_tokens=True), len(new) / spent_s
 
 
-def reference_size(folder: Path, overlay: Any) -> Any:
-    """The quantized weights as the float checkpoint stores them."""
-    from everybit.evaluate import Size
-
-    stored = json.loads((folder / "config.json").read_text()).get("dtype")
-    stored_bits = 16 if stored in ("float16", "bfloat16") else 32
-    weights = sum(spec.parameters for spec in overlay.weights.values())
-    return Size(stored_bits, weights * stored_bits // 8)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="float model folder (default: the only one in examples/models)")
@@ -107,14 +97,15 @@ def main() -> None:
     model = everybit.load(overlay_folder, dtype=torch.float32)
     documents = evaluate.read_documents(args.heldout)
     windows = evaluate.windows(tokenizer, documents, evaluate.context_length(model.config), max_tokens=args.max_tokens)
+    sizes = model.overlay.sizes()
     report = evaluate.evaluate(
         model,
         model.overlay.bits,
         windows,
         reference,
         set_precision=model.set_precision,
-        size=lambda bits: evaluate.Size(model.overlay.bpw(bits), model.overlay.bytes_at(bits)),
-        reference_size=reference_size(folder, model.overlay),
+        size=sizes.rows.__getitem__,
+        reference_size=sizes.original,
     )
 
     lines = [["bits", "bpw", "bytes", "perplexity", "KL", "tokens/s"]]
@@ -138,8 +129,8 @@ def main() -> None:
     print()
     print(align(lines))
     print(f"""
-{report.tokens:,} held-out tokens; bytes are those of the quantized weights that a precision reads, KL is in nats per
-token from the float model. Tokens/s is greedy generation through transformers with dense weights: this path does not
+{report.tokens:,} held-out tokens; bytes are all that a deployment at that precision reads (embeddings included), KL is in
+nats per token from the float model. Tokens/s is greedy generation through transformers with dense weights: this path does not
 get faster with fewer bits; only what is read and kept on disk shrinks.
 
 "{args.prompt}" goes on, greedily:""")

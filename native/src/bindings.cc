@@ -29,7 +29,11 @@ void require(bool holds, const std::string& message) {
 }
 
 std::string shape_of(std::size_t rows, std::size_t columns) {
-  return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
+  std::string text = "[";  // += because gcc 12 warns falsely (-Wrestrict) about "[" + std::string
+  text += std::to_string(rows);
+  text += ", ";
+  text += std::to_string(columns);
+  return text += "]";
 }
 
 // One pointer per plane after checking that each is [rows, ceil(columns/8)].

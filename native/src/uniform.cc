@@ -18,6 +18,12 @@ struct Bin {
   double weight = 0, moment = 0;  // sums of sensitivity and sensitivity * (x - min)
 };
 
+// A line through weights near the largest float can start beyond it.
+float to_float(double value) {
+  constexpr double kLargest = std::numeric_limits<float>::max();
+  return static_cast<float>(std::clamp(value, -kLargest, kLargest));
+}
+
 void uniform_row(const Problem& problem, std::size_t row) {
   const float* x = problem.weights_row(row);
   const float* w = problem.sensitivity_row(row);
@@ -55,8 +61,8 @@ void uniform_row(const Problem& problem, std::size_t row) {
         joint += bins[c].moment * off;
       }
       const double scale = spread > 0 ? joint / spread : 0.0;
-      line[2 * row] = static_cast<float>(scale);
-      line[2 * row + 1] = static_cast<float>(low + (mean - scale * mean_code));
+      line[2 * row] = to_float(scale);
+      line[2 * row + 1] = to_float(low + (mean - scale * mean_code));
     }
     for (std::size_t c = 0; c < count / 2; ++c)
       bins[c] = {bins[2 * c].weight + bins[2 * c + 1].weight, bins[2 * c].moment + bins[2 * c + 1].moment};

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from everybit.integrations.transformers import load as load
+    from everybit.integrations.transformers.loading import load as load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "quantize"]

@@ -40,3 +40,8 @@ class ShapeError(EverybitError):
 
 class OutputError(EverybitError):
     """A place that cannot be written."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of another library's error, to be quoted inside one of ours."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -76,8 +76,8 @@ def test_sizes_by_hand(folder: Path) -> None:
     # stored: 4 planes each, tables for 2, 3, 4 bits (48 + 96 + 192), three affine codebooks
     sizes = overlay.sizes()
     assert (sizes.parameters, sizes.plain_bytes) == (216, 7 * 2 + 4)
-    assert sizes.row(4).bytes == 360 + 18
-    assert sizes.row(4).bpw == overlay.bpw(4)
+    assert sizes.rows[4].bytes == 360 + 18
+    assert sizes.rows[4].bpw == overlay.bpw(4)
     assert sizes.stored_bytes == 4 * 18 + 336 + 4 * 12 + 3 * 48 + 18
     assert overlay.touched == set()
     assert overlay.stored_bpw() == pytest.approx((4 * 18 + 336 + 4 * 12 + 3 * 48) * 8 / 216)

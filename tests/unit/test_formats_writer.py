@@ -72,6 +72,7 @@ def test_names_are_those_of_hugging_face(tmp_path: Path) -> None:
 def test_data_and_even_sizes_are_aligned(tmp_path: Path) -> None:
     specs = dict(tiny.TENSORS)
     specs |= {"x": TensorSpec("U8", (3,)), "y": TensorSpec("F64", (5,)), "z": TensorSpec("F32", (64, 3))}
+    specs |= {"empty": TensorSpec("F32", (0, 3))}
     with OverlayWriter(tmp_path / "out", specs, tiny.CONFIG) as writer:
         for name, spec in specs.items():
             writer.write(name, np.zeros(spec.shape, spec.numpy))
@@ -134,6 +135,10 @@ def test_a_torn_journal(tmp_path: Path) -> None:
         with new(folder, 1 << 30) as writer:
             assert writer.done == set(list(tiny.GROUPS)[: max(sum(end <= cut for end in ends) - 1, 0)])
     journal.write_bytes(whole[:-5])
+    with new(folder, 1 << 30) as writer:  # what follows a torn line must not be glued to it
+        writer.write_group("s", group("s"))
+    with new(folder, 1 << 30) as writer:
+        assert writer.done == {"a.weight", "s"}
     complete(folder, 1 << 30)
     assert tiny.fingerprint(folder) == expected
 
@@ -374,3 +379,31 @@ def test_a_kill_at_every_step_of_finishing(tmp_path: Path, monkeypatch: pytest.M
             break
         steps += 1
     assert steps > 10
+
+
+def test_a_disk_that_fills_up_inside_a_journal_line(tmp_path: Path) -> None:
+    class Full:
+        """The journal's file on a disk with room for five more bytes."""
+
+        def __init__(self, file) -> None:  # type: ignore[no-untyped-def]
+            self.file, self.left = file, 5
+
+        def __getattr__(self, name: str):  # type: ignore[no-untyped-def]
+            return getattr(self.file, name)
+
+        def write(self, data: memoryview) -> int:
+            if not self.left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken, self.left = self.left, 0
+            return self.file.write(data[:taken])  # type: ignore[no-any-return]
+
+    with new(tmp_path / "out") as writer:
+        assert writer._journal
+        whole = writer._journal._file
+        writer._journal._file = Full(whole)  # type: ignore[assignment]
+        with pytest.raises(OutputError, match="the disk is full"):
+            writer.write_group("s", group("s"))
+        writer._journal._file = whole  # room again
+        writer.write_group("s", group("s"))
+    with new(tmp_path / "out") as writer:
+        assert writer.done == {"s"}

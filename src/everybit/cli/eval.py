@@ -5,13 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Any
 
 from everybit.cli.options import parse_bits, positive_int
-
-if TYPE_CHECKING:
-    from everybit.evaluate import Size
-    from everybit.formats import Overlay
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -57,54 +52,27 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         import everybit
+        from everybit.quantize.source import load_float, load_tokenizer
 
         # float32 activations: what differs from the float model is then the quantized weights alone.
         model = everybit.load(args.overlay, dtype=torch.float32)
         context = evaluate.context_length(model.config, args.context)
         windows = evaluate.windows(
-            _tokenizer(args.overlay), documents, context, truncate=args.truncate, max_tokens=args.max_tokens
+            load_tokenizer(args.overlay), documents, context, truncate=args.truncate, max_tokens=args.max_tokens
         )
-        reference, reference_size = _reference(args.reference, model.overlay) if args.reference else (None, None)
+        sizes = model.overlay.sizes()
+        reference = load_float(args.reference) if args.reference else None
         report = evaluate.evaluate(
             model,
             bits,
             windows,
             reference,
             set_precision=model.set_precision,
-            size=lambda b: evaluate.Size(model.overlay.bpw(b), model.overlay.bytes_at(b)),
-            reference_size=reference_size,
+            size=sizes.rows.__getitem__,
+            reference_size=sizes.original,
         )
     print(report.json() if args.json else report.table())
     if args.plot:
         evaluate.plot(report, args.plot)
         print(f"everybit: wrote {args.plot}", file=sys.stderr)
     return 0
-
-
-def _tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer
-
-    from everybit.errors import SourceError
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{folder}: no tokenizer can be loaded from it ({error})") from error
-
-
-def _reference(name: str, overlay: Overlay) -> tuple[Any, Size]:
-    """The float model, and the size of those of its weights that the overlay quantizes, in their stored dtype."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from everybit.errors import SourceError
-    from everybit.evaluate import Size
-
-    try:
-        config = AutoConfig.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{name}: no float model can be loaded from it ({error})") from error
-    stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
-    itemsize = stored.itemsize if isinstance(stored, torch.dtype) else torch.float32.itemsize
-    return model, Size(8 * itemsize, sum(spec.parameters for spec in overlay.weights.values()) * itemsize)

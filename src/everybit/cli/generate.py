@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from transformers import TextStreamer
 
+    from everybit.quantize.source import load_tokenizer
+
     tokenizer = load_tokenizer(args.overlay)
     inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)
     count = int(inputs["input_ids"].shape[1])
@@ -72,14 +74,3 @@ def run(args: argparse.Namespace) -> int:
         }
         print(json.dumps(document))
     return 0
-
-
-def load_tokenizer(folder: str) -> Any:
-    """The tokenizer in a model folder. Raises: SourceError"""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # many types; all mean that there is none to use
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SourceError(f"{folder} has no usable tokenizer ({reason}): copy tokenizer.json into it") from error

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from everybit.evaluate.figure import check_plot, plot
 from everybit.evaluate.quality import evaluate
-from everybit.evaluate.report import FloatQuality, Report, Row, Size
+from everybit.evaluate.report import FloatQuality, Report, Row
 from everybit.evaluate.text import Windows, context_length, read_documents, split_documents, windows
 
 __all__ = [
     "FloatQuality",
     "Report",
     "Row",
-    "Size",
     "Windows",
     "check_plot",
     "context_length",

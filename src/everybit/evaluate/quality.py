@@ -16,8 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from everybit.errors import PrecisionError, ShapeError, SourceError
-from everybit.evaluate.report import FloatQuality, Report, Row, Size
+from everybit.evaluate.report import FloatQuality, Report, Row
 from everybit.evaluate.text import Windows
+from everybit.formats.sizes import Size
 
 if TYPE_CHECKING:
     import torch

@@ -10,14 +10,6 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Size:
-    """What a precision costs to hold: bits per weight with tables counted, and bytes."""
-
-    bpw: float
-    bytes: int
-
-
-@dataclass(frozen=True)
 class FloatQuality:
     """The float model on the same tokens. Size is None where the caller did not say."""
 

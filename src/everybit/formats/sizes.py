@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from everybit.formats.tensors import TensorSpec
@@ -11,24 +11,28 @@ from everybit.formats.weights import WeightSpec
 
 
 @dataclass(frozen=True)
-class SizeRow:
-    """One precision: `bpw` over the quantized parameters (planes and that one codebook), `bytes` of the whole
-    deployment (the unquantized tensors included)."""
+class Size:
+    """What a precision costs: `bpw` over the quantized parameters (planes and one codebook), `bytes` of everything
+    that a deployment at this precision reads, the unquantized tensors included."""
 
-    bits: int
     bpw: float
     bytes: int
 
 
 @dataclass(frozen=True)
 class SizeReport:
-    """`parameters` are the quantized ones; `stored_bpw` counts every plane and every codebook in the folder."""
+    """Sizes of an overlay, written or planned.
+
+    `parameters` are the quantized ones; `stored_bpw` counts every plane and every codebook in the folder; `original`
+    is the float model, with the quantized parameters in the dtype of the largest tensor that was left as it is.
+    """
 
     parameters: int
     plain_bytes: int
     stored_bytes: int
     stored_bpw: float
-    rows: tuple[SizeRow, ...]
+    original: Size
+    rows: Mapping[int, Size]
 
     @classmethod
     def of(cls, weights: Iterable[WeightSpec], bits: Iterable[int], layout: Mapping[str, TensorSpec]) -> SizeReport:
@@ -37,23 +41,19 @@ class SizeReport:
         weights = list(weights)
         parameters = sum(w.parameters for w in weights)
         own = {name for w in weights for name in w.tensors()}
-        plain = sum(spec.nbytes for name, spec in layout.items() if name not in own)
+        left = [spec for name, spec in layout.items() if name not in own]
+        plain = sum(spec.nbytes for spec in left)
         stored = sum(spec.nbytes for spec in layout.values())
-        rows = []
+        rows = {}
         for b in bits:
             read = 0
             for w in weights:
                 served = w.served_bits(b)
                 read += served * w.plane_bytes + layout[w.codebook_name(served)].nbytes
-            rows.append(SizeRow(b, read * 8 / parameters, read + plain))
-        return cls(parameters, plain, stored, (stored - plain) * 8 / parameters, tuple(rows))
-
-    def row(self, bits: int) -> SizeRow:
-        """The row of one precision. Raises: KeyError when it is not among them."""
-        for row in self.rows:
-            if row.bits == bits:
-                return row
-        raise KeyError(bits)
+            rows[b] = Size(read * 8 / parameters, read + plain)
+        itemsize = max(left, key=lambda spec: spec.nbytes).itemsize if left else 4
+        original = Size(8.0 * itemsize, parameters * itemsize + plain)
+        return cls(parameters, plain, stored, (stored - plain) * 8 / parameters, original, rows)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -61,12 +61,13 @@ class SizeReport:
             "unquantized_bytes": self.plain_bytes,
             "stored_bytes": self.stored_bytes,
             "stored_bpw": self.stored_bpw,
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [{"bits": b, "bpw": size.bpw, "bytes": size.bytes} for b, size in self.rows.items()],
         }
 
     def __str__(self) -> str:
-        lines = ["bits    bpw        bytes"]
-        lines += [f"{row.bits:>4} {row.bpw:>6.2f} {row.bytes:>12,}" for row in self.rows]
+        lines = [f"{'bits':>5} {'bpw':>6} {'bytes':>14}"]
+        lines += [f"{b:>5} {size.bpw:>6.2f} {size.bytes:>14,}" for b, size in self.rows.items()]
+        lines += [f"float {self.original.bpw:>6.2f} {self.original.bytes:>14,}"]
         lines.append(
             f"{self.parameters:,} quantized parameters, {self.plain_bytes:,} bytes left as they are, "
             f"{self.stored_bytes:,} bytes on disk ({self.stored_bpw:.2f} bpw with every plane and codebook)"

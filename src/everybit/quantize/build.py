@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from everybit import __version__
@@ -27,7 +26,7 @@ from everybit.quantize.discover import Target, discover
 from everybit.quantize.encode import encode, matrices, plain
 from everybit.quantize.sensitivity import SensitivityFile, accumulate
 from everybit.quantize.solvers import SOLVERS
-from everybit.quantize.source import Source, resolve
+from everybit.quantize.source import Source, load_float, load_tokenizer, resolve
 from everybit.quantize.workspace import STATISTICS, copy_side_files, free_output, new_folder, promote, writable
 
 TABLE_DTYPES = {"float16": "F16", "float32": "F32"}
@@ -155,16 +154,7 @@ def _measure(
 ) -> tuple[SensitivityFile | None, list[str]]:
     if record.kind == "none":
         return None, []
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SourceError(
-            f"{source.folder}: no usable tokenizer for calibration ({reason}): use --calibration none"
-        ) from error
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+    tokenizer, model = load_tokenizer(source.folder), load_float(source.folder)
     model.requires_grad_(False)
     context = int(getattr(model.config.get_text_config(), "max_position_embeddings", record.length))
     if text is None:

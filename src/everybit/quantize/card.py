@@ -35,14 +35,14 @@ Quality on your own text: `everybit eval this/folder --text FILE --reference {na
 def model_card(config: dict[str, Any], sizes: SizeReport) -> str:
     """Markdown with the size of every precision and how the overlay was made."""
     provenance = config["quantization_config"]["provenance"]
-    bits = [row.bits for row in sizes.rows]
+    bits = list(sizes.rows)
     calibration = provenance["calibration"]
     return TEMPLATE.format(
         name=provenance["source"]["name"],
         low=bits[0],
         high=bits[-1],
         middle=bits[len(bits) // 2],
-        rows="\n".join(f"| {row.bits} | {row.bpw:.2f} | {row.bytes:,} |" for row in sizes.rows),
+        rows="\n".join(f"| {b} | {size.bpw:.2f} | {size.bytes:,} |" for b, size in sizes.rows.items()),
         version=provenance["everybit_version"],
         solver=provenance["solver"],
         calibration=calibration.get("file", calibration["kind"]),

@@ -78,18 +78,18 @@ def _candidates(model: PreTrainedModel) -> Iterator[tuple[str, Target, str]]:
     inside = {id(m) for m in decoder.modules()}
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
+        kind: list[tuple[str, tuple[int, ...], bool]] = []
         if isinstance(module, Conv1D):
             rows, columns = module.weight.shape[1], module.weight.shape[0]
-            kind = [("weight", (rows, columns), True)]
+            kind.append(("weight", (rows, columns), True))
         elif isinstance(module, nn.Linear):
-            kind = [("weight", tuple(module.weight.shape), False)]
+            kind.append(("weight", tuple(module.weight.shape), False))
         elif hasattr(module, "is_transposed") and hasattr(module, "num_experts"):
-            kind = []
             for parameter, value in module.named_parameters(recurse=False):
                 if value.ndim == 3:
                     e, first, second = value.shape
-                    shape = (e, second, first) if module.is_transposed else (e, first, second)
-                    kind.append((parameter, shape, bool(module.is_transposed)))
+                    stored = (e, second, first) if module.is_transposed else (e, first, second)
+                    kind.append((parameter, stored, bool(module.is_transposed)))
         else:
             continue
         reason = ""

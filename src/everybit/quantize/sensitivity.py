@@ -44,7 +44,8 @@ class SensitivityFile:
         with safe_open(self.path, framework="np") as file:
             value: np.ndarray = file.get_tensor(name)
         mean = value.mean(axis=-1, keepdims=True)
-        return np.maximum(value, FLOOR * mean)
+        floored: np.ndarray = np.maximum(value, FLOOR * mean)
+        return floored
 
 
 def accumulate(

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from everybit.errors import SourceError
+from everybit.errors import SourceError, reason
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 
@@ -132,7 +132,8 @@ class Source:
         """One checkpoint tensor; the file is closed again so that its pages leave this process."""
         path = self._files[name][0]
         with _readable(path), safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
 
 
 @contextmanager
@@ -159,11 +160,26 @@ def resolve(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub raises a dozen types; all mean that the model did not come
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(
-            f"model {name} is neither a folder nor to be had from the hub ({reason}): check the name, the network, "
+            f"model {name} is neither a folder nor to be had from the hub ({reason(error)}): check the name, the network, "
             "or for a gated model accept its licence and run `hf auth login`"
         ) from error
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a model folder or hub id. Raises: SourceError"""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # many types; all mean that there is none to use
+        raise SourceError(f"{folder} has no usable tokenizer ({reason(error)}): copy tokenizer.json into it") from error
+
+
+def load_float(folder: str | Path) -> Any:
+    """The float model of a folder or hub id, in float32. Raises: SourceError"""
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    except Exception as error:  # many types; all mean that it cannot be loaded
+        raise SourceError(f"no float model can be loaded from {folder} ({reason(error)}): pass its folder or id") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -195,9 +211,8 @@ def _empty_model(folder: Path) -> PreTrainedModel:
             warnings.simplefilter("ignore")
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers raises many types here; every one means "cannot build this model"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(
-            f"{folder}/config.json: transformers cannot build a causal language model from it ({reason}): "
+            f"{folder}/config.json: transformers cannot build a causal language model from it ({reason(error)}): "
             "expected an architecture with a *ForCausalLM class (remote code is never run)"
         ) from error
 

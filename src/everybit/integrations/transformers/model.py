@@ -35,7 +35,7 @@ DTYPE_NAMES = {
 }
 
 
-class OverlayModel(_Base):
+class OverlayModel(_Base):  # type: ignore[misc]
     """Mixed into the model's class: precision, and saving as an overlay.
 
     `overlay` is the opened `formats.Overlay`. Precision is a state of the model: one thread at a time.
@@ -82,7 +82,7 @@ class OverlayModel(_Base):
     def generate(self, *args: Any, bits: int | None = None, **kwargs: Any) -> Any:
         """transformers' generate, at `bits` for this call if given."""
         with self.at_precision(bits):
-            return super().generate(*args, **kwargs)  # type: ignore[operator]
+            return super().generate(*args, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], shard_bytes: int = 2 << 30, **kwargs: Any

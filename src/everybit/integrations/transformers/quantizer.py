@@ -29,7 +29,7 @@ OVERLAY_TENSORS = {r"_plane\d+$"} | {rf"_{book.suffix}\d+$" for book in CODEBOOK
 
 
 @register_quantization_config(METHOD)
-class OverlayConfig(QuantizationConfigMixin):
+class OverlayConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of an overlay as transformers holds it: the dictionary, unchanged (formats checks it)."""
 
     def __init__(self, **fields: Any) -> None:
@@ -41,7 +41,7 @@ class OverlayConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(METHOD)
-class OverlayQuantizer(HfQuantizer):
+class OverlayQuantizer(HfQuantizer):  # type: ignore[misc]
     """Swaps weights for overlay slots before transformers loads the rest."""
 
     requires_calibration = False

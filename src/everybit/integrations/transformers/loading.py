@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from everybit.errors import EverybitError, FormatError
+from everybit.errors import EverybitError, FormatError, reason
 from everybit.formats import Overlay
 from everybit.formats.weights import require_bits
 
@@ -32,9 +32,8 @@ def load(folder: str | Path, bits: int | None = None, **kwargs: Any) -> Any:
     except EverybitError:
         raise
     except (ValueError, KeyError, ImportError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FormatError(
-            f"{path}: transformers cannot load it ({reason}): upgrade transformers, or quantize again"
+            f"{path}: transformers cannot load it ({reason(error)}): upgrade transformers, or quantize again"
         ) from error
     if bits is not None:
         model.set_precision(bits)

@@ -1,0 +1,142 @@
+"""The command line on a tiny model: every command, its JSON, its refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import everybit
+from everybit.cli.main import main
+
+TEXT = "The quick brown fox jumps over the lazy dog while nobody is looking.\n" * 20
+
+
+@pytest.fixture(scope="module")
+def overlay(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("commands") / "overlay"
+    everybit.quantize(tiny_llama, out, bits=(2, 3, 4, 8), progress=False)
+    return out
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main([str(a) for a in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main([str(a) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    line = captured.err.strip().splitlines()[-1]
+    assert line.startswith("everybit: error: ")
+    return line
+
+
+def test_quantize_reports_and_dry_run_agrees(tiny_llama: Path, tmp_path: Path, capsys: Any) -> None:
+    options = ("--bits", "2-4", "--json")
+    planned = json.loads(run(capsys, "quantize", tiny_llama, tmp_path / "out", "--dry-run", *options))
+    done = json.loads(run(capsys, "quantize", tiny_llama, tmp_path / "out", *options))
+    assert planned["rows"] == done["rows"]
+    assert [row["bits"] for row in done["rows"]] == [2, 3, 4]
+    assert (planned["dry_run"], done["dry_run"]) == (True, False)
+
+
+def test_self_calibration_is_seeded(tiny_llama: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        everybit.quantize(
+            tiny_llama,
+            tmp_path / name,
+            bits=(2,),
+            calibration="self",
+            calibration_sequences=3,
+            calibration_length=32,
+            seed=seed,
+            progress=False,
+        )
+    a, b, c = ((tmp_path / n / "model.safetensors").read_bytes() for n in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_generate(overlay: Path, capsys: Any) -> None:
+    arguments = ("generate", overlay, "--prompt", "The", "--max-tokens", 5, "--bits", 3)
+    document = json.loads(run(capsys, *arguments, "--json"))
+    assert (document["bits"], document["new_tokens"]) == (3, 5)
+    assert document["text"].strip() in run(capsys, *arguments).replace("\n", " ") or document["text"].strip() == ""
+    sampled = [run(capsys, *arguments, "--json", "--temperature", 1.0, "--seed", s) for s in (1, 1, 2)]
+    texts = [json.loads(s)["text"] for s in sampled]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_stops_at_the_context(overlay: Path, capsys: Any) -> None:
+    document = json.loads(run(capsys, "generate", overlay, "--prompt", "x" * 120, "--max-tokens", 50, "--json"))
+    assert document["prompt_tokens"] + document["new_tokens"] <= 128
+    assert "tokens, expected 1 to 127" in refused(capsys, "generate", overlay, "--prompt", "x" * 200)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--bits", "5"), "bits 5 asked, the overlay has 2, 3, 4, 8"),
+        (("--bits", "9"), "bits 9 asked, the overlay has 2, 3, 4, 8"),
+        (("--max-tokens", "0"), "--max-tokens 0: expected 1 or more"),
+        (("--temperature", "-1"), "--temperature -1.0: expected 0 or more"),
+        (("--temperature", "nan"), "--temperature nan: expected 0 or more"),
+        (("--top-p", "0"), "--top-p 0.0: expected above 0"),
+    ],
+)
+def test_generate_refusals(overlay: Path, capsys: Any, arguments: tuple[str, ...], message: str) -> None:
+    assert message in refused(capsys, "generate", overlay, "--prompt", "The", *arguments)
+
+
+def test_inspect(overlay: Path, capsys: Any) -> None:
+    document = json.loads(run(capsys, "inspect", overlay, "--json"))
+    assert document["bits"] == [2, 3, 4, 8]
+    assert len(document["layers"]) == 14
+    layer = document["layers"][0]
+    assert len(layer["plane_entropy"]) == layer["planes"] == 8
+    assert all(0 <= e <= 1 for e in layer["plane_entropy"])
+    assert layer["plane_entropy"][0] > 0.8  # the most significant bit halves a symmetric row
+    assert document["provenance"]["calibration"] == {"kind": "none"}
+    quick = json.loads(run(capsys, "inspect", overlay, "--json", "--quick"))
+    assert "plane_entropy" not in quick["layers"][0]
+    assert "model.layers.0.mlp.down_proj.weight" in run(capsys, "inspect", overlay)
+
+
+def test_inspect_finds_a_flipped_bit(overlay: Path, tmp_path: Path, capsys: Any) -> None:
+    data = bytearray((overlay / "model.safetensors").read_bytes())
+    data[-10] ^= 1
+    for file in overlay.iterdir():
+        (tmp_path / file.name).write_bytes(data if file.name == "model.safetensors" else file.read_bytes())
+    assert "the file is damaged, download it again" in refused(capsys, "inspect", tmp_path)
+
+
+def test_a_float_model_is_not_an_overlay(tiny_llama: Path, capsys: Any) -> None:
+    assert "everybit quantize" in refused(capsys, "generate", tiny_llama, "--prompt", "x")
+    assert "everybit quantize" in refused(capsys, "inspect", tiny_llama)
+
+
+def test_unneeded_planes_are_never_read(overlay: Path) -> None:
+    import torch
+
+    model = everybit.load(overlay, bits=3)
+    model(torch.tensor([[1, 2, 3]]))
+    own = {name for spec in model.overlay.weights.values() for name in spec.tensors()}
+    suffixes = {name.rpartition("_")[2] for name in model.overlay.touched & own}
+    assert suffixes == {"plane0", "plane1", "plane2", "lut3"}
+
+
+def test_from_pretrained_needs_only_the_import(overlay: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(overlay)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, everybit.load(overlay, bits=8)(ids).logits)
+        model.set_precision(2)
+        assert torch.equal(model(ids).logits, everybit.load(overlay, bits=2)(ids).logits)
+    assert model.dequantize()(ids).logits.shape == (1, 3, 258)

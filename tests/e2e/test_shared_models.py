@@ -1,0 +1,92 @@
+"""Real trained models: every solver, every precision; the ternary model without loss at 2 bits; regression texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import everybit
+from everybit import evaluate
+
+MODELS = ("stories260k", "babyllama-105", "bitllama-3m")
+TOKENS = 6_000
+
+CONTINUATIONS = {
+    "stories260k": "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+    "One day, she saw a big, red ball. She wanted to play with it, but it was too high.",
+    "babyllama-105": "Once upon a time, there was a little girl named Lily. She loved to play outside in the sunshine. "
+    "One day, she went to the park with her mommy and daddy. She saw a big box on the ground.",
+    "bitllama-3m": "Once upon a time, there was a little girl named Lily. She loved to play outside and explore the "
+    "world around her. One day, she saw a big, red ball. She was so happy and wanted to play with it.",
+}
+
+
+@pytest.fixture(scope="module")
+def overlays(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    made = {}
+    for name in MODELS:
+        for solver in ("tree", "upscale", "uniform"):
+            out = tmp_path_factory.mktemp("overlays") / f"{name}-{solver}"
+            everybit.quantize(
+                shared_data / "models" / name,
+                out,
+                calibration=shared_data / "text" / "tinystories_a.txt",
+                calibration_sequences=12,
+                calibration_length=256,
+                solver=solver,
+                progress=False,
+            )
+            made[name, solver] = out
+    return made
+
+
+@pytest.mark.parametrize("solver", ["tree", "upscale", "uniform"])
+@pytest.mark.parametrize("name", MODELS)
+def test_quality_at_every_precision(name: str, solver: str, shared_data: Path, overlays: Any) -> None:
+    folder = shared_data / "models" / name
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = everybit.load(overlays[name, solver], dtype=torch.float32)
+    documents = evaluate.read_documents(shared_data / "text" / "tinystories_a.txt")
+    windows = evaluate.windows(
+        AutoTokenizer.from_pretrained(folder), documents[-60:], 256, truncate=True, max_tokens=TOKENS
+    )
+    report = evaluate.evaluate(
+        model, model.overlay.bits, windows, reference, set_precision=model.set_precision, progress=False
+    )
+    assert report.reference is not None
+    kl = [row.kl_mean for row in report.rows]
+    lossless = name == "bitllama-3m" and solver != "uniform"  # then only float16 rounding is left, at every precision
+    if not lossless:
+        assert all(a > b for a, b in zip(kl, kl[1:], strict=False)), kl
+    else:
+        assert max(kl) < 1e-6, kl
+    assert abs(report.rows[-1].ppl / report.reference.ppl - 1) < 1e-3
+
+
+def test_ternary_model_is_lossless_at_two_bits(shared_data: Path, overlays: Any) -> None:
+    folder = shared_data / "models" / "bitllama-3m"
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = everybit.load(overlays["bitllama-3m", "tree"], bits=2, dtype=torch.float32)
+    for name, parameter in reference.named_parameters():
+        if name in model.overlay.weights:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            # the checkpoint is float16 and so are the tables: the three values come back bit for bit
+            assert torch.equal(module.weight, parameter), name
+    ids = AutoTokenizer.from_pretrained(folder)("Once upon a time there was", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, reference(ids).logits)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_regression_text_at_eight_bits(name: str, shared_data: Path, overlays: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "models" / name)
+    model = everybit.load(overlays[name, "tree"], bits=8, dtype=torch.float32)
+    ids = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+    expected = CONTINUATIONS[name]
+    count = len(tokenizer(expected)["input_ids"])
+    out = model.generate(**ids, max_length=count, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    assert tokenizer.decode(out[0], skip_special_tokens=True).strip() == expected
