@@ -77,7 +77,9 @@ def main() -> None:
         write_model(work / "model", args.shape)
         command = [sys.executable, "-m", "everybit.cli.main", "quantize", str(work / "model"), str(work / "overlay")]
         start = time.perf_counter()
-        done = subprocess.run([*command, "--solver", args.solver, "--json"], check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [*command, "--solver", args.solver, "--json"], check=True, stdout=subprocess.PIPE, text=True
+        )
         seconds = time.perf_counter() - start
         peak_bytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         report = json.loads(done.stdout)
@@ -95,9 +97,13 @@ def main() -> None:
         "scaled_to_8b_s": round(seconds * LLAMA_3_1_8B_PARAMETERS / parameters),
         "stored_bpw": report["stored_bpw"],
         "machine": platform.processor() or platform.machine(),
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
     }
-    print(f"{args.shape}, solver {args.solver}: {parameters:,} parameters in {seconds:.0f} s, peak {peak_bytes / 1e9:.2f} GB")
+    print(
+        f"{args.shape}, solver {args.solver}: {parameters:,} parameters in {seconds:.0f} s, peak {peak_bytes / 1e9:.2f} GB"
+    )
     print(f"scaled by parameters to the linear layers of Llama-3.1-8B: {result['scaled_to_8b_s'] / 60:.1f} min")
     print(json.dumps(result))
 

@@ -97,7 +97,8 @@ library_name: transformers
 
 Made by `scripts/train_demo_model.py` as the demo model of everybit; good for showing how quality falls with
 bit-width, not for writing. fp16, {model.config.num_hidden_layers} layers, hidden {model.config.hidden_size},
-feed-forward {model.config.intermediate_size}, {model.config.num_attention_heads}/{model.config.num_key_value_heads} heads,
+feed-forward {model.config.intermediate_size},
+{model.config.num_attention_heads}/{model.config.num_key_value_heads} heads,
 vocabulary {model.config.vocab_size} (byte-level BPE), context {model.config.max_position_embeddings}, tied head.
 
 | | |
@@ -214,7 +215,9 @@ def main() -> None:
             state = {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict()}
             torch.save({**state, "step": step, "spent_s": time.monotonic() - began}, temporary)
             temporary.rename(state_file)
-            print(f"  held-out bits per byte (first 5 %): {bits_per_byte(model, valid, valid_bytes, args.context, 0.05):.4f}")
+            print(
+                f"  held-out bits per byte (first 5 %): {bits_per_byte(model, valid, valid_bytes, args.context, 0.05):.4f}"
+            )
 
     tokens = step * args.batch * args.context
     record = {

@@ -32,7 +32,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "opt": ("OPTConfig", {**COMMON, "ffn_dim": 52, "word_embed_proj_dim": 40}, 6),
     "gpt2": (
         "GPT2Config",
-        {"vocab_size": 96, "n_embd": 40, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2},
+        {
+            "vocab_size": 96,
+            "n_embd": 40,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
         4,
     ),
     "bitnet": ("BitNetConfig", NO_HEAD_DIM, 7),

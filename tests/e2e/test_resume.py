@@ -32,7 +32,8 @@ def counted(call):
     return wrapper
 os.fsync, os.replace, os.rename = counted(os.fsync), counted(os.replace), counted(os.rename)
 import everybit
-everybit.quantize(model, out, calibration=text, calibration_sequences=6, calibration_length=48, resume=True, progress=False)
+options = {"calibration_sequences": 6, "calibration_length": 48, "resume": True, "progress": False}
+everybit.quantize(model, out, calibration=text, **options)
 print(int(stop) - left)
 """
 
@@ -65,7 +66,9 @@ def test_five_kills_then_the_same_bytes(tmp_path: Path, tiny_llama: Path) -> Non
 
 def test_an_interrupted_run_is_not_overwritten_without_resume(tmp_path: Path, tiny_llama: Path) -> None:
     (tmp_path / "overlay.partial").mkdir()
-    with pytest.raises(OutputError, match=r"overlay\.partial is left from an interrupted run: continue it with --resume"):
+    with pytest.raises(
+        OutputError, match=r"overlay\.partial is left from an interrupted run: continue it with --resume"
+    ):
         everybit.quantize(tiny_llama, tmp_path / "overlay", progress=False)
 
 

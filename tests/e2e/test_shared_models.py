@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_quality_at_every_precision(name: str, solver: str, shared_data: Path, o
     kl = [row.kl_mean for row in report.rows]
     lossless = name == "bitllama-3m" and solver != "uniform"  # then only float16 rounding is left, at every precision
     if not lossless:
-        assert all(a > b for a, b in zip(kl, kl[1:], strict=False)), kl
+        assert all(a > b for a, b in pairwise(kl)), kl
     else:
         assert max(kl) < 1e-6, kl
     assert abs(report.rows[-1].ppl / report.reference.ppl - 1) < 1e-3

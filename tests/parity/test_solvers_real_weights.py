@@ -77,7 +77,7 @@ def test_tree_is_near_the_optimum_at_two_three_and_four_bits(matrices: dict[str,
     """Excess over independent optimal k-means per precision, on 16 rows of each matrix.
 
     2 % at all three is out of reach of any nested code on most of these matrices: the exact joint program with
-    this importance leaves a mean excess of 1.6 to 2.6 % (unit) and 2.2 to 3.2 % (weighted); docs/log.md.
+    this importance leaves a mean excess of 1.6 to 2.6 % (unit) and 2.2 to 3.3 % (weighted); docs/log.md.
     """
     excess = []
     for i, matrix in enumerate(matrices.values()):
@@ -91,7 +91,8 @@ def test_tree_is_near_the_optimum_at_two_three_and_four_bits(matrices: dict[str,
     mean, worst = np.mean(excess, axis=0), np.max(excess, axis=0)
     assert (np.min(excess, axis=0) > -1e-6).all()
     assert (mean < (0.036 if weighted else 0.026)).all(), mean
-    assert (worst < 0.06).all(), worst  # 16 rows scatter more than a whole matrix (at most 3.9 %)
+    # One row with outliers can carry most of 16 rows' error; there the exact joint program leaves 9.8 % too.
+    assert (worst < 0.11).all(), worst
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace, TracebackType
+from types import TracebackType
 from typing import Any
 
 import pytest
@@ -12,13 +12,13 @@ import pytest
 import everybit
 from everybit import formats
 from everybit.cli.main import main
+from everybit.formats.sizes import Size, SizeReport
 
 
 class StandIn:
     """An overlay of 2, 4 and 8 bits; also its own context manager."""
 
     bits = (2, 4, 8)
-    weights = {"w": SimpleNamespace(parameters=1000)}  # noqa: RUF012
 
     def __enter__(self) -> StandIn:
         return self
@@ -26,11 +26,8 @@ class StandIn:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         return None
 
-    def bpw(self, bits: int) -> float:
-        return bits + 0.5
-
-    def bytes_at(self, bits: int) -> int:
-        return bits * 1000
+    def sizes(self) -> SizeReport:
+        return SizeReport(1000, 0, 0, 0.0, Size(32.0, 4000), {b: Size(b + 0.5, b * 1000) for b in self.bits})
 
 
 @pytest.fixture
@@ -85,7 +82,7 @@ def test_the_table_and_the_chosen_bits(overlay: str, text: str, capsys: pytest.C
         (["--bits", "3"], "3 bits are not in the overlay; expected a choice from 2,4,8"),
         (["--plot", "q.pdf"], "cannot plot to '.pdf'"),
         (["--context", "129"], "beyond this model's 128"),
-        (["--reference", "absent-folder"], "absent-folder: no float model can be loaded"),
+        (["--reference", "absent-folder"], "no folder absent-folder: pass a model folder"),
     ],
 )
 def test_refusals(overlay: str, text: str, capsys: pytest.CaptureFixture[str], extra: list[str], message: str) -> None:

@@ -43,12 +43,12 @@ def test_members(folder: Path) -> None:
     assert overlay.bits == (2, 3, 4)
     assert overlay.metadata == {"format": "pt"}
     assert overlay.dtype_of("norm.weight") == "BF16"
-    assert overlay.parameters == 120 + 96
+    assert overlay.sizes().parameters == 120 + 96
 
 
 def test_open_reads_no_data_and_a_precision_reads_only_its_own(folder: Path) -> None:
     overlay = Overlay.open(folder)
-    overlay.bpw(4), overlay.stored_bpw(), overlay.names(), overlay.dtype_of("scale")
+    overlay.sizes(), overlay.names(), overlay.dtype_of("scale")
     assert overlay.touched == set()
     planes = overlay.planes("a.weight", 2)
     assert overlay.touched == {"a.weight_plane0", "a.weight_plane1"}
@@ -70,17 +70,15 @@ def test_experts_come_as_rows(folder: Path) -> None:
 def test_sizes_by_hand(folder: Path) -> None:
     overlay = Overlay.open(folder)
     # a: a plane is 6 x 3 = 18 bytes, a b-bit table 6 x 2^b x 2; b: a plane is 6 x 2 = 12 bytes, a codebook 6 x 2 x 4
-    assert overlay.bytes_at(2) == (2 * 18 + 48) + (2 * 12 + 48) == 156
-    assert overlay.bytes_at(4) == (4 * 18 + 192) + (4 * 12 + 48) == 360
-    assert overlay.bpw(4) == pytest.approx(360 * 8 / 216)
     # stored: 4 planes each, tables for 2, 3, 4 bits (48 + 96 + 192), three affine codebooks
     sizes = overlay.sizes()
     assert (sizes.parameters, sizes.plain_bytes) == (216, 7 * 2 + 4)
-    assert sizes.rows[4].bytes == 360 + 18
-    assert sizes.rows[4].bpw == overlay.bpw(4)
+    assert sizes.rows[2].bytes - 18 == (2 * 18 + 48) + (2 * 12 + 48) == 156
+    assert sizes.rows[4].bytes - 18 == (4 * 18 + 192) + (4 * 12 + 48) == 360
+    assert sizes.rows[4].bpw == pytest.approx(360 * 8 / 216)
     assert sizes.stored_bytes == 4 * 18 + 336 + 4 * 12 + 3 * 48 + 18
     assert overlay.touched == set()
-    assert overlay.stored_bpw() == pytest.approx((4 * 18 + 336 + 4 * 12 + 3 * 48) * 8 / 216)
+    assert sizes.stored_bpw == pytest.approx((4 * 18 + 336 + 4 * 12 + 3 * 48) * 8 / 216)
 
 
 def test_a_weight_with_its_own_precisions(tmp_path: Path) -> None:
@@ -95,12 +93,12 @@ def test_a_weight_with_its_own_precisions(tmp_path: Path) -> None:
     overlay = Overlay.open(tmp_path / "out")
     assert overlay.bits == (2, 3)
     # body: 2 planes of 4 bytes and 4 x 4 halves; head, always at 8 bits: 8 planes of 4 bytes and 4 x 256 floats
-    assert overlay.bytes_at(2) == (2 * 4 + 32) + (8 * 4 + 4096)
+    assert overlay.sizes().rows[2].bytes == (2 * 4 + 32) + (8 * 4 + 4096)
     assert overlay.table("head", 8).shape == (4, 256)
     with pytest.raises(PrecisionError, match="bits 2 asked, weight 'head' has 8: pass one of these"):
         overlay.planes("head", 2)
     with pytest.raises(PrecisionError, match="bits 8 asked, the overlay has 2, 3: pass one of these"):
-        overlay.bytes_at(8)
+        overlay.table("body", 8)
 
 
 @pytest.mark.parametrize("call", ["planes", "table"])

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         import everybit
-        from everybit.quantize.source import load_float, load_tokenizer
+        from everybit.quantize.source import load_float, load_tokenizer, resolve
 
         # float32 activations: what differs from the float model is then the quantized weights alone.
         model = everybit.load(args.overlay, dtype=torch.float32)
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             load_tokenizer(args.overlay), documents, context, truncate=args.truncate, max_tokens=args.max_tokens
         )
         sizes = model.overlay.sizes()
-        reference = load_float(args.reference) if args.reference else None
+        reference = load_float(resolve(args.reference)) if args.reference else None
         report = evaluate.evaluate(
             model,
             bits,

@@ -159,39 +159,10 @@ class Overlay:
             )
         return values
 
-    def bytes_at(self, bits: int) -> int:
-        """Bytes of quantized parameters that a `bits`-bit deployment reads: planes and one codebook each.
-
-        A weight with its own precisions is read at its `served_bits(bits)`. Other tensors are not counted.
-        Raises: PrecisionError
-        """
-        require_bits(bits, self.bits, "the overlay")
-        total = 0
-        for spec in self.weights.values():
-            served = spec.served_bits(bits)
-            total += served * spec.plane_bytes + self.spec_of(spec.codebook_name(served)).nbytes
-        return total
-
-    def bpw(self, bits: int) -> float:
-        """`bytes_at(bits)` as bits per quantized parameter, codebooks counted.
-
-        Raises: PrecisionError
-        """
-        return self.bytes_at(bits) * 8 / self.parameters
-
-    def stored_bpw(self) -> float:
-        """Bits per quantized parameter that the folder stores: every plane and every codebook."""
-        return self.sizes().stored_bpw
-
     def sizes(self) -> SizeReport:
         """What each precision costs, and the folder as a whole; reads no data."""
         layout = {name: shard.entries[name].spec for name, shard in self._shard_of.items()}
         return SizeReport.of(self.weights.values(), self.bits, layout)
-
-    @property
-    def parameters(self) -> int:
-        """How many parameters are quantized."""
-        return sum(spec.parameters for spec in self.weights.values())
 
     def verify_all(self) -> None:
         """Reads and verifies every tensor, padding and codebook.

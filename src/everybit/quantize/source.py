@@ -179,7 +179,9 @@ def load_float(folder: str | Path) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     except Exception as error:  # many types; all mean that it cannot be loaded
-        raise SourceError(f"no float model can be loaded from {folder} ({reason(error)}): pass its folder or id") from error
+        raise SourceError(
+            f"no float model can be loaded from {folder} ({reason(error)}): pass its folder or id"
+        ) from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

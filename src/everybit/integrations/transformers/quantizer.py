@@ -59,7 +59,7 @@ class OverlayQuantizer(HfQuantizer):  # type: ignore[misc]
         slots = attach(model, overlay, overlay.bits[-1], model.base_model_prefix)
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | OVERLAY_TENSORS
-        model.__class__ = overlay_model_class(type(model))
+        model.__class__ = overlay_model_class(type(model))  # type: ignore[arg-type]
         model.overlay, model._slots, model._bits = overlay, slots, overlay.bits[-1]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -109,7 +109,7 @@ def _swap(module: nn.Module, attribute: str, slot: Slot, parameter: nn.Parameter
     if "_overlay_slots" in module.__dict__:
         module.__dict__["_overlay_slots"][attribute] = slot
         attributes = tuple(module.__dict__["_overlay_slots"])
-        module.__class__ = _overlay_class(type(module).__mro__[1], attributes)  # type: ignore[arg-type]
+        module.__class__ = _overlay_class(type(module).__mro__[1], attributes)
         return
     module.__dict__["_overlay_slots"] = {attribute: slot}
     module.register_buffer(ANCHOR, torch.empty(0, dtype=parameter.dtype, device=parameter.device), persistent=False)
