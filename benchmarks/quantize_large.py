@@ -102,7 +102,8 @@ def main() -> None:
         ).stdout.strip(),
     }
     print(
-        f"{args.shape}, solver {args.solver}: {parameters:,} parameters in {seconds:.0f} s, peak {peak_bytes / 1e9:.2f} GB"
+        f"{args.shape}, solver {args.solver}: {parameters:,} parameters in {seconds:.0f} s, "
+        f"peak resident memory {peak_bytes / 1e9:.2f} GB"
     )
     print(f"scaled by parameters to the linear layers of Llama-3.1-8B: {result['scaled_to_8b_s'] / 60:.1f} min")
     print(json.dumps(result))

@@ -129,9 +129,9 @@ def main() -> None:
     print()
     print(align(lines))
     print(f"""
-{report.tokens:,} held-out tokens; bytes are all that a deployment at that precision reads (embeddings included), KL is in
-nats per token from the float model. Tokens/s is greedy generation through transformers with dense weights: this path does not
-get faster with fewer bits; only what is read and kept on disk shrinks.
+{report.tokens:,} held-out tokens; bytes are all that a deployment at that precision reads (embeddings included), KL is
+in nats per token from the float model. Tokens/s is greedy generation through transformers with dense weights: this
+path does not get faster with fewer bits; only what is read and kept on disk shrinks.
 
 "{args.prompt}" goes on, greedily:""")
     for name, text in said:

@@ -215,9 +215,8 @@ def main() -> None:
             state = {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict()}
             torch.save({**state, "step": step, "spent_s": time.monotonic() - began}, temporary)
             temporary.rename(state_file)
-            print(
-                f"  held-out bits per byte (first 5 %): {bits_per_byte(model, valid, valid_bytes, args.context, 0.05):.4f}"
-            )
+            quick = bits_per_byte(model, valid, valid_bytes, args.context, 0.05)
+            print(f"  held-out bits per byte (first 5 %): {quick:.4f}")
 
     tokens = step * args.batch * args.context
     record = {

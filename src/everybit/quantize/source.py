@@ -161,8 +161,8 @@ def resolve(model: str | Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub raises a dozen types; all mean that the model did not come
         raise SourceError(
-            f"model {name} is neither a folder nor to be had from the hub ({reason(error)}): check the name, the network, "
-            "or for a gated model accept its licence and run `hf auth login`"
+            f"model {name} is neither a folder nor to be had from the hub ({reason(error)}): check the name or the "
+            "network, or for a gated model accept its licence and run `hf auth login`"
         ) from error
 
 
