@@ -148,10 +148,10 @@ def test_output_below_a_file(tmp_path: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty"),
-        (b"  \n\n", "is empty"),
+        (b"", "an empty file; expected UTF-8 text"),
+        (b"  \n\n", "4 bytes and no text"),
         (b"too short", "tokens, at least 64 are needed"),
-        (b"caf\xe9 " * 100, r"is not UTF-8 text \(byte 3 is 0xe9\)"),
+        (b"caf\xe9 " * 100, "byte 0xe9 at offset 3 is not UTF-8"),
     ],
 )
 def test_calibration_text(tmp_path: Path, model: Path, content: bytes, message: str) -> None:
@@ -160,7 +160,7 @@ def test_calibration_text(tmp_path: Path, model: Path, content: bytes, message: 
 
 
 def test_missing_calibration_file(tmp_path: Path, model: Path) -> None:
-    refuse(model, SourceError, "no calibration file", tmp_path, calibration=tmp_path / "none.txt")
+    refuse(model, SourceError, "no such file; expected a UTF-8 text file", tmp_path, calibration=tmp_path / "none.txt")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from __future__ import annotations
 from everybit.evaluate.figure import check_plot, plot
 from everybit.evaluate.quality import evaluate
 from everybit.evaluate.report import FloatQuality, Report, Row
-from everybit.evaluate.text import Windows, context_length, read_documents, split_documents, windows
+from everybit.evaluate.text import Windows, context_length, windows
+from everybit.texts import read_documents, split_documents
 
 __all__ = [
     "FloatQuality",

@@ -90,7 +90,7 @@ def quantize(
         raise SourceError(f"unknown table dtype {table_dtype!r}: expected one of {', '.join(TABLE_DTYPES)}")
     bits = check_bits(tuple(bits))
     overrides = {pattern: check_bits(tuple(b), f"override {pattern}") for pattern, b in (override or {}).items()}
-    record, text = calibrate.describe(calibration, calibration_sequences, calibration_length, seed)
+    record, documents = calibrate.describe(calibration, calibration_sequences, calibration_length, seed)
     out = Path(out).expanduser()
     partial = free_output(out, resume, dry_run)
 
@@ -118,7 +118,7 @@ def quantize(
     unreached: list[str] = []
     with new_folder(partial), OverlayWriter(partial, layout, config, shard_bytes) as writer:
         if not writer.complete:  # else: killed between the last byte and the rename
-            sensitivity, unreached = _measure(source, targets, record, text, partial / STATISTICS, progress)
+            sensitivity, unreached = _measure(source, targets, record, documents, partial / STATISTICS, progress)
             with tqdm(
                 total=sizes.parameters, unit="w", unit_scale=True, desc="quantizing", disable=not progress
             ) as bar:
@@ -150,16 +150,21 @@ def _bits_of(target: Target, default: tuple[int, ...], overrides: dict[str, tupl
 
 
 def _measure(
-    source: Source, targets: list[Target], record: calibrate.Calibration, text: str | None, path: Path, progress: bool
+    source: Source,
+    targets: list[Target],
+    record: calibrate.Calibration,
+    documents: list[str] | None,
+    path: Path,
+    progress: bool,
 ) -> tuple[SensitivityFile | None, list[str]]:
     if record.kind == "none":
         return None, []
     tokenizer, model = load_tokenizer(source.folder), load_float(source.folder)
     model.requires_grad_(False)
     context = int(getattr(model.config.get_text_config(), "max_position_embeddings", record.length))
-    if text is None:
+    if documents is None:
         sequences = calibrate.self_sequences(model, tokenizer, record, context)
     else:
-        sequences = calibrate.text_sequences(tokenizer, text, record, context)
+        sequences = calibrate.text_sequences(tokenizer, documents, record, context)
     fingerprint = hashlib.sha256(b"".join(s.numpy().tobytes() for s in sequences)).hexdigest()
     return accumulate(model, targets, sequences, path, fingerprint, progress)

@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from everybit.errors import SourceError
+from everybit.texts import read_documents
 
 MINIMUM_TOKENS = 64  # below this a squared gradient is an anecdote, not a statistic
-SEPARATOR = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Calibration:
         return {k: v for k, v in asdict(self).items() if v is not None}
 
 
-def describe(calibration: str | Path, sequences: int, length: int, seed: int) -> tuple[Calibration, str | None]:
-    """The calibration record and the text it names (None for `none` and `self`).
+def describe(calibration: str | Path, sequences: int, length: int, seed: int) -> tuple[Calibration, list[str] | None]:
+    """The calibration record and the documents it names (None for `none` and `self`).
 
     Raises: SourceError when the file is missing, empty or not UTF-8, or a count is not positive.
     """
@@ -48,35 +48,24 @@ def describe(calibration: str | Path, sequences: int, length: int, seed: int) ->
     if str(calibration) in ("none", "self"):
         return Calibration(str(calibration), sequences=sequences, length=length, seed=seed), None
     path = Path(calibration).expanduser()
-    if not path.is_file():
-        raise SourceError(f"no calibration file {path}: pass a UTF-8 text file, `self` or `none`")
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{path} is not UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x}): convert it, "
-            "for example with `iconv -t utf-8`"
-        ) from error
-    if not text.strip():
-        raise SourceError(f"{path} is empty: pass a text of at least {MINIMUM_TOKENS} tokens")
-    digest = hashlib.sha256(raw).hexdigest()
-    return Calibration("text", path.name, digest, sequences, length, seed), text
+    documents = read_documents(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Calibration("text", path.name, digest, sequences, length, seed), documents
 
 
-def text_sequences(tokenizer: Any, text: str, record: Calibration, context: int) -> list[torch.Tensor]:
+def text_sequences(tokenizer: Any, documents: list[str], record: Calibration, context: int) -> list[torch.Tensor]:
     """At most `record.sequences` windows of `record.length` tokens, chosen evenly by seed.
 
-    Documents end with a line `<|endoftext|>`; each is encoded with the tokenizer's own special tokens, the whole
-    is one stream cut into windows.
+    Each document is encoded with the tokenizer's own special tokens; the whole is one stream cut into windows.
+    Raises: SourceError when the text is too short to be a statistic
     """
-    documents = [d.strip("\n") for d in text.replace("\r\n", "\n").split(f"\n{SEPARATOR}") if d.strip()]
-    ids = np.concatenate([np.asarray(tokenizer(d)["input_ids"], dtype=np.int64) for d in documents])
+    ids = np.concatenate([np.asarray(tokenizer(d, verbose=False)["input_ids"], dtype=np.int64) for d in documents])
     length = min(record.length, context)
     if len(ids) < MINIMUM_TOKENS:
         raise SourceError(f"the calibration text has {len(ids)} tokens, at least {MINIMUM_TOKENS} are needed: add text")
     windows = [ids[i : i + length] for i in range(0, len(ids), length)]
-    windows = [w for w in windows if len(w) >= min(length, MINIMUM_TOKENS, len(ids))]
+    if len(windows) > 1 and len(windows[-1]) < min(length, MINIMUM_TOKENS):
+        windows.pop()
     chosen = np.random.default_rng(record.seed).permutation(len(windows))[: record.sequences]
     return [torch.from_numpy(windows[i].copy())[None] for i in sorted(chosen)]
 

@@ -1,0 +1,77 @@
+"""Quality of every solver at every precision on one model: KL to the float model, perplexity.
+
+    python benchmarks/solver_quality.py MODEL --text FILE --calibration FILE [--solvers tree,upscale,uniform]
+
+The calibration text is one file and the scored text another part: the last documents of --text. Prints a card, then one
+JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import everybit
+from everybit import evaluate
+from everybit.quantize.source import load_float, load_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--solvers", default="tree,upscale,uniform")
+    parser.add_argument("--documents", type=int, default=150, help="score the last N documents of the text")
+    parser.add_argument("--sequences", type=int, default=64, help="calibration sequences of 256 tokens")
+    args = parser.parse_args()
+
+    reference = load_float(args.model)
+    documents = evaluate.read_documents(args.text)[-args.documents :]
+    context = min(512, evaluate.context_length(reference.config))
+    windows = evaluate.windows(load_tokenizer(args.model), documents, context, truncate=True)
+    result: dict[str, object] = {"model": args.model.name, "tokens": windows.tokens, "rows": []}
+    lines = [["solver", "bits", "bpw", "ppl", "KL mean", "KL p99", "top-1"]]
+    for solver in args.solvers.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "overlay"
+            everybit.quantize(
+                args.model,
+                out,
+                calibration=args.calibration,
+                calibration_sequences=args.sequences,
+                calibration_length=256,
+                solver=solver,
+                progress=False,
+            )
+            model = everybit.load(out, dtype=torch.float32)
+            sizes = model.overlay.sizes()
+            report = evaluate.evaluate(
+                model,
+                model.overlay.bits,
+                windows,
+                reference,
+                set_precision=model.set_precision,
+                size=sizes.rows.__getitem__,
+                progress=False,
+            )
+        document = report.document()
+        result["float_ppl"] = document["float"]["ppl"]
+        result["rows"] += [{"solver": solver, **row} for row in document["rows"]]  # type: ignore[operator]
+        for row in report.rows:
+            kl = [f"{row.kl_mean:.3g}", f"{row.kl_p99:.3g}"]
+            lines.append([solver, str(row.bits), f"{row.bpw:.2f}", f"{row.ppl:.4f}", *kl, f"{row.top1:.2%}"])
+    print(f"{args.model.name}: float perplexity {result['float_ppl']:.4f}, {windows.tokens:,} tokens")
+    print(evaluate.report.align(lines))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    print(json.dumps({**result, "command": " ".join(sys.argv), "commit": commit}))
+
+
+if __name__ == "__main__":
+    main()
