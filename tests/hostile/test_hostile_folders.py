@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from craft import Folder, Shard, honest_tensors, refuse
 
 from everybit.errors import FormatError
 from everybit.formats import Overlay
+from tests.hostile.craft import Folder, Shard, honest_tensors, refuse
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

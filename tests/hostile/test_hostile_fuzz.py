@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from craft import Folder
 from safetensors import safe_open
 
 from everybit.errors import EverybitError
 from everybit.formats import Overlay
+from tests.hostile.craft import Folder
 
 CASES, SEED = 12_000, 1
 INDEX = "model.safetensors.index.json"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from craft import Folder, Shard, refuse
 
 from everybit.errors import ChecksumError
 from everybit.formats import Overlay
+from tests.hostile.craft import Folder, Shard, refuse
 
 NAME = "model.safetensors"
 

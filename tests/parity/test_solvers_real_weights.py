@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from everybit.quantize.solvers import reference, solve
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 NAMES = [f"layers.{layer}.{kind}_proj.weight" for layer in (0, 5, 11) for kind in "qkvo"]
 ALL = tuple(range(2, 9))

@@ -6,12 +6,12 @@ import hashlib
 import os
 from pathlib import Path
 
-import formats_tiny as tiny
 import numpy as np
 import pytest
 
 from everybit.errors import ChecksumError, FormatError, PrecisionError
 from everybit.formats import CODEBOOKS, Overlay, OverlayWriter, QuantizationConfig, TensorSpec, WeightSpec
+from tests.unit import formats_tiny as tiny
 
 
 @pytest.fixture(scope="module")

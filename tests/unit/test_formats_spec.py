@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import formats_tiny as tiny
 import numpy as np
 import pytest
 
 from everybit.formats import Overlay, OverlayWriter, QuantizationConfig, WeightSpec
 from everybit.formats.config import KEYS, WEIGHT_KEYS
+from tests.unit import formats_tiny as tiny
 
 SPEC = (Path(__file__).parents[2] / "docs" / "spec.md").read_text(encoding="utf-8")
 

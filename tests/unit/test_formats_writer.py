@@ -12,13 +12,13 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
-import formats_tiny as tiny
 import numpy as np
 import pytest
 from safetensors import safe_open
 
 from everybit.errors import FormatError, OutputError, ShapeError
 from everybit.formats import Overlay, OverlayWriter, TensorSpec
+from tests.unit import formats_tiny as tiny
 
 SHARD_BYTES = [1 << 30, 200]
 
@@ -306,7 +306,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
 
 SLOW_RUN = """
 import sys, time, pathlib
-import formats_tiny as tiny
+from tests.unit import formats_tiny as tiny
 from everybit.formats import OverlayWriter
 tensors = tiny.arrays()
 with OverlayWriter(pathlib.Path(sys.argv[1]), tiny.TENSORS, tiny.CONFIG, 200) as writer:
@@ -320,7 +320,7 @@ with OverlayWriter(pathlib.Path(sys.argv[1]), tiny.TENSORS, tiny.CONFIG, 200) as
 
 
 def _environment() -> dict[str, str]:
-    paths = [str(Path(tiny.__file__).parent), *sys.path]
+    paths = [str(Path(tiny.__file__).parents[2]), *sys.path]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
