@@ -166,6 +166,8 @@ def test_missing_calibration_file(tmp_path: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"seed": -1}, "--seed -1: expected 0 or more"),
+        ({"threads": -1}, "--threads -1: expected 0 or more"),
         ({"solver": "magic"}, "unknown solver 'magic'"),
         ({"ignore": ["("]}, "is not a regular expression"),
         ({"ignore": ["no_such_layer"]}, "matches no layer"),

@@ -7,7 +7,6 @@ independently with its own seed, and nothing that is written depends on the cloc
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +87,9 @@ def quantize(
         raise SourceError(f"unknown solver {solver!r}: expected one of {', '.join(SOLVERS)}")
     if table_dtype not in TABLE_DTYPES:
         raise SourceError(f"unknown table dtype {table_dtype!r}: expected one of {', '.join(TABLE_DTYPES)}")
+    for option, number in (("--seed", seed), ("--threads", threads)):
+        if number < 0:
+            raise SourceError(f"{option} {number}: expected 0 or more")
     bits = check_bits(tuple(bits))
     overrides = {pattern: check_bits(tuple(b), f"override {pattern}") for pattern, b in (override or {}).items()}
     record, documents = calibrate.describe(calibration, calibration_sequences, calibration_length, seed)
@@ -159,6 +161,8 @@ def _measure(
 ) -> tuple[SensitivityFile | None, list[str]]:
     if record.kind == "none":
         return None, []
+    if (finished := SensitivityFile.finished(path)) is not None:  # before a kill; the journal vouches for the options
+        return finished, finished.unreached()
     tokenizer, model = load_tokenizer(source.folder), load_float(source.folder)
     model.requires_grad_(False)
     context = int(getattr(model.config.get_text_config(), "max_position_embeddings", record.length))
@@ -166,5 +170,5 @@ def _measure(
         sequences = calibrate.self_sequences(model, tokenizer, record, context)
     else:
         sequences = calibrate.text_sequences(tokenizer, documents, record, context)
-    fingerprint = hashlib.sha256(b"".join(s.numpy().tobytes() for s in sequences)).hexdigest()
-    return accumulate(model, targets, sequences, path, fingerprint, progress)
+    statistics = accumulate(model, targets, sequences, path, progress)
+    return statistics, statistics.unreached()

@@ -10,6 +10,7 @@ Source: SqueezeLLM (2306.07629), section 4.1; Any-Precision LLM (2402.10517), se
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -39,6 +40,17 @@ class SensitivityFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @classmethod
+    def finished(cls, path: Path) -> SensitivityFile | None:
+        """The file at `path`, if a pass over all its sequences made it."""
+        state = _state(path)
+        return cls(path) if state is not None and state["done"] == state["sequences"] else None
+
+    def unreached(self) -> list[str]:
+        """The parameters that no gradient reached: every weight of theirs counts the same."""
+        with safe_open(self.path, framework="np") as file:
+            return [name for name in file.keys() if not file.get_tensor(name).any()]  # noqa: SIM118
+
     def read(self, name: str) -> np.ndarray:
         """Stored (output-first) sensitivities f32, floored per row."""
         with safe_open(self.path, framework="np") as file:
@@ -53,16 +65,17 @@ def accumulate(
     targets: list[Target],
     sequences: list[torch.Tensor],
     path: Path,
-    fingerprint: str,
     progress: bool = True,
-) -> tuple[SensitivityFile, list[str]]:
-    """Run the pass, or the rest of it, and return the file and the parameters that no gradient reached.
+) -> SensitivityFile:
+    """Run the pass, or the rest of it.
 
     Needs: a float32 model with every target as a parameter. Cost: one forward and backward per sequence; memory of
     the model, one gradient and the sums. Mutates: `path`.
     Raises: SourceError on a non-finite loss or gradient, naming the parameter.
     """
+    fingerprint = hashlib.sha256(b"".join(s.numpy().tobytes() for s in sequences)).hexdigest()
     done, sums = _resume(path, fingerprint)
+    state = {"fingerprint": fingerprint, "sequences": len(sequences)}
     parameters = {t.name: model.get_parameter(t.name) for t in targets}
     for t in targets:
         sums.setdefault(t.name, torch.zeros(t.shape))
@@ -85,13 +98,13 @@ def accumulate(
                 done += 1
                 bar.update()
                 if time.monotonic() - last_saved > SAVE_EVERY_S and done < len(sequences):
-                    _save(path, fingerprint, done, sums)
+                    _save(path, {**state, "done": done}, sums)
                     last_saved = time.monotonic()
-        _save(path, fingerprint, done, sums)
+        _save(path, {**state, "done": done}, sums)
     for name, value in sums.items():
         if not torch.isfinite(value).all():
             raise SourceError(f"non-finite gradients at {name}: check the weights, or use --calibration none")
-    return SensitivityFile(path), [name for name, value in sums.items() if not value.any()]
+    return SensitivityFile(path)
 
 
 def _adder(total: torch.Tensor, target: Target) -> Callable[[torch.Tensor], None]:
@@ -143,20 +156,26 @@ def every_expert(model: Any) -> Iterator[None]:
             del module.forward
 
 
-def _save(path: Path, fingerprint: str, done: int, sums: dict[str, torch.Tensor]) -> None:
+def _save(path: Path, state: dict[str, Any], sums: dict[str, torch.Tensor]) -> None:
     temporary = path.with_suffix(".tmp")
     try:
-        save_file(sums, temporary, metadata={"state": json.dumps({"fingerprint": fingerprint, "done": done})})
+        save_file(sums, temporary, metadata={"state": json.dumps(state)})
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {path} ({error}): free space, then continue with --resume") from error
 
 
 def _resume(path: Path, fingerprint: str) -> tuple[int, dict[str, torch.Tensor]]:
-    if not path.is_file():
+    state = _state(path)
+    if state is None or state["fingerprint"] != fingerprint:
         return 0, {}
     with safe_open(path, framework="pt") as file:
-        state = json.loads(file.metadata()["state"])
-        if state["fingerprint"] != fingerprint:
-            return 0, {}
         return int(state["done"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _state(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="np") as file:
+        state: dict[str, Any] = json.loads(file.metadata()["state"])
+        return state
