@@ -13,8 +13,6 @@
 namespace everybit {
 namespace {
 
-std::size_t rows_per_chunk(std::size_t columns) { return 65536 / (columns + 1) + 1; }  // as in planes.cc
-
 struct Pair {
   float first, second;
 };

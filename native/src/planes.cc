@@ -9,9 +9,6 @@
 namespace everybit {
 namespace {
 
-// Rows in a chunk: about 64 Ki weights, so that taking a chunk (a few ns) is lost in the work (> 10 us).
-std::size_t rows_per_chunk(std::size_t columns) { return 65536 / (columns + 1) + 1; }
-
 template <std::size_t kPlanes>
 void unpack_row(const std::uint8_t* const* planes, std::size_t columns, std::uint8_t* codes) {
   const std::size_t whole = columns / 8;

@@ -50,21 +50,6 @@ def test_the_readme_shows_every_command() -> None:
     assert shown >= {"quantize", "generate", "inspect", "eval"}
 
 
-def test_help_blocks_are_what_the_commands_print(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A console block that starts with `$ everybit ... --help` holds that help, up to white space."""
-    monkeypatch.setenv("NO_COLOR", "1")
-    for page in PAGES:
-        for block in _blocks(page, "console"):
-            first, _, rest = block.partition("\n")
-            if not re.fullmatch(r"\$ everybit( \w+)? --help", first):
-                continue
-            parser, words = build_parser(), first.split()[2:-1]
-            for action in parser._subparsers._group_actions if parser._subparsers and words else ():
-                assert isinstance(action.choices, dict)
-                parser = action.choices[words[0]]
-            assert rest.split() == parser.format_help().split(), f"{page.name}: `{first}` prints something else"
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_relative_links_resolve(page: Path) -> None:
     targets = [link.partition("#")[0] for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]

@@ -1,7 +1,7 @@
 // Bit-planes: the code of a weight, most significant bit first, one bit array per significance.
 //
 // A row of K codes is ceil(K/8) bytes in each plane; bit t of byte l belongs to weight 8l + t and the
-// padding bits of the last byte are zero (docs/design/0001, "A quantized weight").
+// padding bits of the last byte are zero (docs/spec.md, "A quantized weight").
 #pragma once
 
 #include <cstddef>

@@ -15,11 +15,13 @@
 
 namespace everybit {
 
+constexpr std::size_t kMostThreads = 1024;  // beyond, a system may refuse to make them
+
 // `requested` threads, or one per processor when it is not positive; never more than there are chunks.
 inline std::size_t thread_count(int requested, std::size_t chunks) {
   std::size_t threads = requested > 0 ? static_cast<std::size_t>(requested)
                                       : std::max<std::size_t>(1, std::thread::hardware_concurrency());
-  return std::max<std::size_t>(1, std::min(threads, chunks));
+  return std::max<std::size_t>(1, std::min({threads, chunks, kMostThreads}));
 }
 
 // make_worker() -> worker; worker(row) for every row in [0, rows).
@@ -52,5 +54,9 @@ void parallel_rows(std::size_t rows, std::size_t chunk, int requested, const Mak
   helpers.clear();  // joins
   if (failure) std::rethrow_exception(failure);
 }
+
+// Rows a thread takes at a time where a row is a few operations per column: some 64 k columns, far more work than
+// taking a number from the counter.
+inline std::size_t rows_per_chunk(std::size_t columns) { return 65536 / (columns + 1) + 1; }
 
 }  // namespace everybit

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         document = describe(overlay, args.quick)
         if not args.quick:
             overlay.verify_all()
-    print(json.dumps(document) if args.json else table(document))
+    print(_json(document) if args.json else table(document))
     return 0
 
 
@@ -38,7 +38,7 @@ def describe(overlay: Overlay, quick: bool) -> dict[str, Any]:
     """Everything that is printed, as one JSON object."""
     return {
         "overlay": str(overlay.folder),
-        "architecture": (overlay.config.get("architectures") or [None])[0],
+        "architecture": overlay.config.get("architectures"),
         "format_version": overlay.quantization.format_version,
         "bits": list(overlay.bits),
         "codebook": overlay.quantization.codebook,
@@ -77,13 +77,12 @@ def _entropy(share: float) -> float:
 
 def table(document: dict[str, Any]) -> str:
     """The document for people."""
-    provenance = document["provenance"]
-    calibration = provenance.get("calibration", {})
+    made = document["provenance"]  # free-form: whoever wrote the file may have put anything there
     lines = [
-        f"{document['overlay']}: {document['architecture']}, format {document['format_version']}",
-        f"made by everybit {provenance.get('everybit_version')}, solver {provenance.get('solver')}, "
-        f"calibration {calibration.get('file', calibration.get('kind'))}, "
-        f"from {provenance.get('source', {}).get('name')}",
+        f"{document['overlay']}: {_text(document['architecture'])}, format {document['format_version']}",
+        f"made by everybit {_text(made.get('everybit_version'))}, solver {_text(made.get('solver'))}",
+        f"calibration {_text(made.get('calibration'))}",
+        f"from {_text(made.get('source'))}",
         "",
         f"{'layer':<48} {'shape':>18} {'bits':>8} {'codebook':>9}  entropy of planes 0..",
     ]
@@ -92,7 +91,7 @@ def table(document: dict[str, Any]) -> str:
         span = f"{bits[0]}-{bits[-1]}" if len(bits) > 2 else ",".join(map(str, bits))
         entropy = " ".join(f"{e:.2f}" for e in layer.get("plane_entropy", []))
         shape = " x ".join(map(str, layer["shape"]))
-        lines.append(f"{layer['name']:<48} {shape:>18} {span:>8} {layer['codebook']:>9}  {entropy}")
+        lines.append(f"{_text(layer['name']):<48} {shape:>18} {span:>8} {layer['codebook']:>9}  {entropy}")
     sizes = document["sizes"]
     lines += ["", "bits    bpw        bytes"]
     lines += [f"{row['bits']:>4} {row['bpw']:>6.2f} {row['bytes']:>12,}" for row in sizes["rows"]]
@@ -101,3 +100,14 @@ def table(document: dict[str, Any]) -> str:
         f"({sizes['stored_bpw']:.2f} bpw with every plane and codebook)"
     )
     return "\n".join(lines)
+
+
+def _json(document: dict[str, Any]) -> str:
+    """Valid JSON: NaN and Infinity, which Python reads from a file that is not, become null."""
+    return json.dumps(json.loads(json.dumps(document), parse_constant=lambda _: None))
+
+
+def _text(value: Any) -> str:
+    """A value of the file on one line, without anything a terminal would act on."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)[:200]

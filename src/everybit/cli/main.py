@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from everybit import __version__
 from everybit.errors import EverybitError
@@ -22,9 +24,20 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose usage errors are one line too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class UsageError(EverybitError):
+    """Arguments that no command understands."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command. Imports the command modules, which import neither numpy nor torch."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="everybit",
         description="One set of weights, every bit-width: quantize a language model once, run it at 2 to 8 bits.",
         allow_abbrev=False,
@@ -49,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors that a user can cause become one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode still gets its text
     try:
         args = build_parser().parse_args(arguments)
         code: int = args.run(args)

@@ -40,9 +40,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="REGEX=BITS",
         help="give matching modules their own bits; also brings in an untied head (repeatable, the last match wins)",
     )
-    parser.add_argument("--calibration-sequences", type=int, default=128, metavar="N")
-    parser.add_argument("--calibration-length", type=int, default=512, metavar="TOKENS")
-    parser.add_argument("--table-dtype", choices=("float16", "float32"), default="float16", help="of stored codebooks")
+    parser.add_argument("--calibration-sequences", type=int, metavar="N", help="at most (default 128)")
+    parser.add_argument("--calibration-length", type=int, metavar="TOKENS", help="of each (default 512)")
+    parser.add_argument(
+        "--table-dtype", choices=("float16", "float32"), help="of stored tables (default float16; uniform has none)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="0 (default): all cores")
     parser.add_argument("--dry-run", action="store_true", help="print the size report and write nothing")
@@ -54,12 +56,25 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     from everybit.quantize.build import quantize
 
-    override = {}
+    override: dict[str, tuple[int, ...]] = {}
     for item in args.override:
         pattern, separator, bits = item.rpartition("=")
         if not separator or not pattern:
             raise SourceError(f"--override {item!r}: expected REGEX=BITS, such as 'down_proj=4-8'")
+        override.pop(pattern, None)  # given twice, it counts where it stands last
         override[pattern] = parse_bits(bits)
+    given = {
+        "calibration_sequences": args.calibration_sequences,
+        "calibration_length": args.calibration_length,
+        "table_dtype": args.table_dtype,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    for name in options:
+        option = "--" + name.replace("_", "-")
+        if name != "table_dtype" and args.calibration == "none":
+            raise SourceError(f"{option} has no effect without calibration: give --calibration FILE or self as well")
+        if name == "table_dtype" and args.solver == "uniform":
+            raise SourceError(f"{option} has no effect with --solver uniform, which stores no tables: drop it")
     report = quantize(
         args.model,
         args.out,
@@ -69,12 +84,10 @@ def run(args: argparse.Namespace) -> int:
         args.ignore,
         override,
         seed=args.seed,
-        calibration_sequences=args.calibration_sequences,
-        calibration_length=args.calibration_length,
-        table_dtype=args.table_dtype,
         threads=args.threads,
         dry_run=args.dry_run,
         resume=args.resume,
+        **options,
     )
     print(json.dumps(report.to_dict()) if args.json else describe(report))
     if args.calibration == "none" and not args.json:
@@ -98,5 +111,6 @@ def describe(report: QuantizeReport) -> str:
     if report.dry_run:
         lines.append(f"dry run: nothing was written to {report.out}")
     else:
-        lines.append(f'next: everybit generate {report.out} --prompt "Once upon a time" --bits 4')
+        bits = 4 if 4 in report.sizes.rows else max(report.sizes.rows)
+        lines.append(f'next: everybit generate {report.out} --prompt "Once upon a time" --bits {bits}')
     return "\n".join(lines)

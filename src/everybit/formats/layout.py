@@ -81,7 +81,7 @@ def _place(file: str, group: list[tuple[str, TensorSpec]]) -> ShardLayout:
     if start - 8 > HEADER_BYTES_LIMIT:
         raise OutputError(
             f"{file} needs a header of {start - 8} bytes for {len(slots)} tensors, at most {HEADER_BYTES_LIMIT} are "
-            "allowed: use a smaller --shard-bytes"
+            "allowed: use smaller shards (shard_bytes)"
         )
     moved = tuple(Slot(slot.name, slot.spec, start + slot.begin) for slot in slots)
     return ShardLayout(file, start, moved, start + place)

@@ -53,7 +53,7 @@ class Overlay:
     def open(cls, folder: str | os.PathLike[str], verify: bool = True) -> Overlay:
         """Opens and checks an overlay; reads the JSON files and shard headers, no tensor data.
 
-        `verify=False` skips the checksums of the data (never the structural checks).
+        `verify=False` skips the checksums of the data and padding (never the structural checks).
         Raises: FormatError
         """
         folder = Path(folder)

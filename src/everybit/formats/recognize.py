@@ -39,7 +39,7 @@ def require_config(folder: Path, names: list[str]) -> None:
     if "config.json" in names:
         return
     if "journal.jsonl" in names:
-        raise FormatError(f"{folder} is an unfinished overlay: run the same everybit quantize command again to resume")
+        raise FormatError(f"{folder} is an unfinished overlay: run the same everybit quantize command with --resume")
     refuse_pickle(folder, names)
     raise FormatError(f"{folder} has no config.json, expected an overlay folder: run everybit quantize to make one")
 

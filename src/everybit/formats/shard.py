@@ -100,7 +100,7 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any],
         )
     if length == 0:
         raise FormatError(
-            f"{path}: the header length is 0, the file was never finished: run everybit quantize again to resume it, "
+            f"{path}: the header length is 0, the file was never finished: run everybit quantize with --resume, "
             "or download it again"
         )
     if 8 + length > size:

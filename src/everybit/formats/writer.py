@@ -260,7 +260,7 @@ class OverlayWriter:
                 size = sum(shard.size_bytes for shard in self._layout)
                 raise OutputError(
                     f"{self.folder}: the disk is full, the overlay needs {size} bytes in all: "
-                    "free some and run the same command again to resume"
+                    "free some and continue with --resume"
                 ) from error
             raise OutputError(f"{self.folder} cannot be written ({error.strerror}): choose another folder") from error
 

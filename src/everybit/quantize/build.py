@@ -7,6 +7,7 @@ independently with its own seed, and nothing that is written depends on the cloc
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from everybit.quantize.card import model_card
 from everybit.quantize.discover import Target, discover
 from everybit.quantize.encode import encode, matrices, plain
 from everybit.quantize.sensitivity import SensitivityFile, accumulate
-from everybit.quantize.solvers import SOLVERS
-from everybit.quantize.source import Source, load_float, load_tokenizer, resolve
+from everybit.quantize.solvers import KINDS
+from everybit.quantize.source import FLOATS, Source, load_float, load_tokenizer, resolve
 from everybit.quantize.workspace import STATISTICS, copy_side_files, free_output, new_folder, promote, writable
 
 TABLE_DTYPES = {"float16": "F16", "float32": "F32"}
@@ -56,11 +57,11 @@ class QuantizeReport:
 def quantize(
     model: str | Path,
     out: str | Path,
-    bits: Sequence[int] = (2, 3, 4, 5, 6, 7, 8),
+    bits: Sequence[int] | int = (2, 3, 4, 5, 6, 7, 8),
     calibration: str | Path = "none",
     solver: str = "tree",
-    ignore: Sequence[str] = (),
-    override: Mapping[str, Sequence[int]] | None = None,
+    ignore: Sequence[str] | str = (),
+    override: Mapping[str, Sequence[int] | int] | None = None,
     *,
     seed: int = 0,
     calibration_sequences: int = 128,
@@ -83,22 +84,33 @@ def quantize(
     Mutates: creates `out`; `out.partial` while it runs.
     Raises: SourceError, PrecisionError, OutputError; nothing appears under `out` then.
     """
-    if solver not in SOLVERS:
-        raise SourceError(f"unknown solver {solver!r}: expected one of {', '.join(SOLVERS)}")
+    bits = (bits,) if isinstance(bits, int) else bits
+    ignore = [ignore] if isinstance(ignore, str) else ignore
+    if solver not in KINDS:
+        raise SourceError(f"unknown solver {solver!r}: expected one of {', '.join(KINDS)}")
     if table_dtype not in TABLE_DTYPES:
         raise SourceError(f"unknown table dtype {table_dtype!r}: expected one of {', '.join(TABLE_DTYPES)}")
-    for option, number in (("--seed", seed), ("--threads", threads)):
-        if number < 0:
-            raise SourceError(f"{option} {number}: expected 0 or more")
+    for option, number, most in (("--seed", seed, 2**63 - 1), ("--threads", threads, 1024)):
+        if not 0 <= number <= most:
+            raise SourceError(f"{option} {number}: expected 0 to {most}")
     bits = check_bits(tuple(bits))
-    overrides = {pattern: check_bits(tuple(b), f"override {pattern}") for pattern, b in (override or {}).items()}
+    overrides = {
+        pattern: check_bits((b,) if isinstance(b, int) else tuple(b), f"override {pattern}")
+        for pattern, b in (override or {}).items()
+    }
     record, documents = calibrate.describe(calibration, calibration_sequences, calibration_length, seed)
-    out = Path(out).expanduser()
+    if not str(out) or not str(model):
+        raise SourceError("an empty path arrived as model or output: expected a folder name")
+    out = Path(os.path.abspath(Path(out).expanduser()))
     partial = free_output(out, resume, dry_run)
 
     source = Source(resolve(model))
+    title = source.folder.resolve().name if Path(model).expanduser().is_dir() else str(model)
     targets, left = discover(source.model, list(ignore), list(overrides))
-    kind = "affine" if solver == "uniform" else "table"
+    for target in targets:
+        if (dtype := source.dtype_of(target.name)) not in FLOATS:
+            raise SourceError(f"{source.folder}: {target.name} holds {dtype}, expected one of {', '.join(FLOATS)}")
+    kind = KINDS[solver]
     lut_dtype = TABLE_DTYPES[table_dtype]
     specs = {t.name: WeightSpec(t.name, t.shape, _bits_of(t, bits, overrides), kind, t.transposed) for t in targets}
     provenance = {
@@ -106,7 +118,7 @@ def quantize(
         "solver": solver,
         "seed": seed,
         "calibration": record.provenance(),
-        "source": {"name": source.folder.resolve().name, "sha256": {} if dry_run else source.checksums(progress)},
+        "source": {"name": title, "sha256": {} if dry_run else source.checksums(progress)},
     }
     config = {**source.config, "quantization_config": QuantizationConfig(bits, kind, specs, provenance).to_dict()}
     layout: dict[str, TensorSpec] = {}
@@ -167,8 +179,14 @@ def _measure(
     model.requires_grad_(False)
     context = int(getattr(model.config.get_text_config(), "max_position_embeddings", record.length))
     if documents is None:
-        sequences = calibrate.self_sequences(model, tokenizer, record, context)
+        sequences = calibrate.self_sequences(model, tokenizer, record, context, progress)
     else:
         sequences = calibrate.text_sequences(tokenizer, documents, record, context)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if (highest := max(int(s.max()) for s in sequences)) >= vocabulary:
+        raise SourceError(
+            f"{source.folder}: the tokenizer gives token {highest}, the model knows {vocabulary}: "
+            "they do not belong together; fix the folder or use --calibration none"
+        )
     statistics = accumulate(model, targets, sequences, path, progress)
     return statistics, statistics.unreached()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from everybit.errors import SourceError
 from everybit.texts import read_documents
@@ -42,9 +43,9 @@ def describe(calibration: str | Path, sequences: int, length: int, seed: int) ->
 
     Raises: SourceError when the file is missing, empty or not UTF-8, or a count is not positive.
     """
-    for option, value in (("--calibration-sequences", sequences), ("--calibration-length", length)):
-        if value < 1:
-            raise SourceError(f"{option} {value}: expected a positive number")
+    for option, value, least in (("--calibration-sequences", sequences, 1), ("--calibration-length", length, 2)):
+        if value < least:
+            raise SourceError(f"{option} {value}: expected {least} or more")
     if str(calibration) in ("none", "self"):
         return Calibration(str(calibration), sequences=sequences, length=length, seed=seed), None
     path = Path(calibration).expanduser()
@@ -71,7 +72,9 @@ def text_sequences(tokenizer: Any, documents: list[str], record: Calibration, co
 
 
 @torch.no_grad()
-def self_sequences(model: Any, tokenizer: Any, record: Calibration, context: int) -> list[torch.Tensor]:
+def self_sequences(
+    model: Any, tokenizer: Any, record: Calibration, context: int, progress: bool = True
+) -> list[torch.Tensor]:
     """Sequences that the model samples from its own distribution, begun by its first special token.
 
     Source: data-free calibration by self-generation, LLM-QAT (2305.17888), section 3.1.
@@ -85,11 +88,12 @@ def self_sequences(model: Any, tokenizer: Any, record: Calibration, context: int
     state = torch.random.get_rng_state()
     torch.manual_seed(record.seed)
     try:
-        for done in tqdm(range(0, record.sequences, batch), desc="writing calibration text", unit="batch"):
+        for done in tqdm(
+            range(0, record.sequences, batch), desc="writing calibration text", unit="batch", disable=not progress
+        ):
             count = min(batch, record.sequences - done)
-            ids = model.generate(
-                torch.full((count, 1), start),
-                attention_mask=torch.ones(count, 1, dtype=torch.long),
+            # a configuration of our own: the model's may carry penalties and would not be its own distribution
+            config = GenerationConfig(
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,
@@ -97,7 +101,10 @@ def self_sequences(model: Any, tokenizer: Any, record: Calibration, context: int
                 max_length=length,
                 min_length=length,
                 pad_token_id=start,
+                eos_token_id=tokenizer.eos_token_id,
             )
+            first = torch.full((count, 1), start)
+            ids = model.generate(first, attention_mask=torch.ones_like(first), generation_config=config)
             sequences += list(ids.split(1))
     finally:
         torch.random.set_rng_state(state)

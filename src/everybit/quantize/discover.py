@@ -28,13 +28,6 @@ class Target:
     shape: tuple[int, ...]
     transposed: bool
 
-    @property
-    def parameters(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
 
 def discover(model: PreTrainedModel, ignore: list[str], include: list[str]) -> tuple[list[Target], dict[str, str]]:
     """The parameters to quantize, and the matrices left alone with the reason.
@@ -56,6 +49,11 @@ def discover(model: PreTrainedModel, ignore: list[str], include: list[str]) -> t
         if matching:
             left[target.name] = f"--ignore {matching[0].pattern}"
         elif target.name in tied:
+            if wanted:
+                raise SourceError(
+                    f"--override {wanted[0].pattern!r} matches {module_name}, which is tied to the embedding: "
+                    "a tied head cannot be quantized apart from it; drop the override"
+                )
             left[target.name] = "tied to the embedding"
         elif why_not and not wanted:
             left[target.name] = why_not
@@ -84,7 +82,7 @@ def _candidates(model: PreTrainedModel) -> Iterator[tuple[str, Target, str]]:
             kind.append(("weight", (rows, columns), True))
         elif isinstance(module, nn.Linear):
             kind.append(("weight", tuple(module.weight.shape), False))
-        elif hasattr(module, "is_transposed") and hasattr(module, "num_experts"):
+        elif is_fused_experts(module):
             for parameter, value in module.named_parameters(recurse=False):
                 if value.ndim == 3:
                     e, first, second = value.shape
@@ -101,6 +99,11 @@ def _candidates(model: PreTrainedModel) -> Iterator[tuple[str, Target, str]]:
             reason = "router"
         for parameter, shape, transposed in kind:
             yield name, Target(f"{name}.{parameter}", shape, transposed), reason
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether `module` holds its experts as three-dimensional parameters in the manner of transformers 5."""
+    return hasattr(module, "is_transposed") and hasattr(module, "num_experts")
 
 
 def _compile(patterns: list[str], option: str) -> list[re.Pattern[str]]:

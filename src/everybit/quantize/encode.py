@@ -54,10 +54,11 @@ def encode(
             book = arrays[spec.codebook_name(b)]
             with np.errstate(over="ignore"):
                 book[e] = solution.codebooks[b]
-            if not np.isfinite(book[e]).all():
+                values = spec.book.expand(book[e], b)
+            if not np.isfinite(values).all():
                 raise SourceError(
-                    f"{spec.name}: weights up to {np.abs(weights[e]).max():.3g} overflow a {book.dtype} table: "
-                    "use --table-dtype float32"
+                    f"{spec.name}: weights up to {np.abs(weights[e]).max():.3g} overflow a {book.dtype} codebook: "
+                    "use --table-dtype float32, or rescale the layer"
                 )
     return {name: array.reshape(layout[name].shape) for name, array in arrays.items()}
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from everybit.errors import OutputError, SourceError
-from everybit.quantize.discover import Target
+from everybit.quantize.discover import Target, is_fused_experts
 
 SAVE_EVERY_S = 60.0
 # A weight whose input was always zero has no gradient, but other text may reach it: it counts this share of
@@ -129,7 +129,7 @@ def every_expert(model: Any) -> Iterator[None]:
     """
     patched = []
     for module in model.modules():
-        if not (hasattr(module, "is_transposed") and hasattr(module, "num_experts")):
+        if not is_fused_experts(module):
             continue
         original = module.forward
 
@@ -160,6 +160,8 @@ def _save(path: Path, state: dict[str, Any], sums: dict[str, torch.Tensor]) -> N
     temporary = path.with_suffix(".tmp")
     try:
         save_file(sums, temporary, metadata={"state": json.dumps(state)})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {path} ({error}): free space, then continue with --resume") from error
@@ -176,6 +178,9 @@ def _resume(path: Path, fingerprint: str) -> tuple[int, dict[str, torch.Tensor]]
 def _state(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    with safe_open(path, framework="np") as file:
-        state: dict[str, Any] = json.loads(file.metadata()["state"])
-        return state
+    try:
+        with safe_open(path, framework="np") as file:
+            state: dict[str, Any] = json.loads(file.metadata()["state"])
+            return state
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError):
+        return None  # torn by a power cut: measured again

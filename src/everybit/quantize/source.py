@@ -26,6 +26,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from everybit.errors import SourceError, reason
 
+DTYPES = ("F16", "BF16", "F32", "F64", "I64", "I32", "U8", "BOOL")  # integers: buffers only
+FLOATS = DTYPES[:4]
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 
 
@@ -56,6 +58,14 @@ class Source:
         self.shapes = {name: tuple(t.shape) for name, t in state.items() if name not in self.aliases}
         self._dtypes: dict[str, str] = {}
         self._jobs = self._plan(state)
+        if missing := sorted(set(self.shapes) - set(self._dtypes), key=dot_natural_key):
+            raise SourceError(_missing(folder, missing))
+        for name in self.shapes:
+            if self._dtypes[name] not in DTYPES:
+                raise SourceError(
+                    f"{folder}: {name} is stored as {self._dtypes[name]}, expected one of {', '.join(DTYPES)}: "
+                    "convert the model to one of them first"
+                )
 
     def _plan(self, state: dict[str, torch.Tensor]) -> list[_Job]:
         """Which checkpoint tensors make which parameter, by transformers' own conversion mapping."""
@@ -102,7 +112,6 @@ class Source:
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter with its tensor, in a fixed order; the caller drops each before the next."""
-        seen = set()
         for job in self._jobs:
             for name, tensor in self._convert(job).items():
                 if name not in self.shapes:
@@ -112,14 +121,7 @@ class Source:
                         f"{self.folder}: tensor {name} has shape {tuple(tensor.shape)}, config.json implies "
                         f"{self.shapes[name]}: the weights belong to another configuration"
                     )
-                seen.add(name)
                 yield name, tensor
-        missing = sorted(set(self.shapes) - seen, key=dot_natural_key)
-        if missing:
-            raise SourceError(
-                f"{self.folder}: {len(missing)} parameters of the model are not in its weight files "
-                f"(first: {missing[0]}): download the model again"
-            )
 
     def _convert(self, job: _Job) -> dict[str, torch.Tensor]:
         transform = deepcopy(job.transform)
@@ -169,19 +171,31 @@ def resolve(model: str | Path) -> Path:
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a model folder or hub id. Raises: SourceError"""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # many types; all mean that there is none to use
         raise SourceError(f"{folder} has no usable tokenizer ({reason(error)}): copy tokenizer.json into it") from error
 
 
-def load_float(folder: str | Path) -> Any:
-    """The float model of a folder or hub id, in float32. Raises: SourceError"""
+def load_float(folder: Path) -> Any:
+    """The float model in a folder, in float32. Raises: SourceError, also when a parameter has no weights there"""
+    _read_config(folder)  # refuses overlays and other quantized models, by name
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
     except Exception as error:  # many types; all mean that it cannot be loaded
-        raise SourceError(
-            f"no float model can be loaded from {folder} ({reason(error)}): pass its folder or id"
-        ) from error
+        why = reason(error)
+        raise SourceError(f"no float model can be loaded from {folder} ({why}): pass its folder or id") from error
+    if missing := sorted(info["missing_keys"]):
+        raise SourceError(_missing(folder, missing))
+    return model.eval()
+
+
+def _missing(folder: Path, names: list[str]) -> str:
+    return (
+        f"{folder}: {len(names)} parameters of the model are not in its weight files (first: {names[0]}): "
+        "download the model again"
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -208,10 +222,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _empty_model(folder: Path) -> PreTrainedModel:
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here; every one means "cannot build this model"
         raise SourceError(
             f"{folder}/config.json: transformers cannot build a causal language model from it ({reason(error)}): "
@@ -226,7 +240,7 @@ def _tensor_files(folder: Path) -> dict[str, tuple[Path, str]]:
     if index.is_file():
         try:
             named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise SourceError(f"{index} is not a valid index ({error!r}): download it again") from error
         absent = sorted(named - {f.name for f in files})
         if absent:

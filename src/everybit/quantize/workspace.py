@@ -9,22 +9,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from everybit.errors import OutputError, ShapeError, SourceError
+from everybit.errors import FormatError, OutputError, ShapeError, SourceError
+from everybit.formats.files import open_inside
 
 STATISTICS = "sensitivity.part"  # not *.safetensors: it is no part of the overlay
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")  # tokenizer, generation config, licence
+SIDE_FILES = (  # what a tokenizer and `generate` read; everything else in a model folder is left behind
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+)
 
 
-def free_output(out: Path, resume: bool, dry_run: bool = False) -> Path:
+def free_output(out: Path, resume: bool, dry_run: bool = False, remedy: str = "continue it with --resume, or ") -> Path:
     """The partial folder of `out`, if nothing stands at `out` and no interrupted run waits unasked for.
 
     Raises: OutputError
     """
+    if out.is_symlink():
+        raise OutputError(f"{out} is a link: choose another output folder, or its target")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists and is not empty: choose another output folder or remove it")
     partial = out.with_name(out.name + ".partial")
     if partial.exists() and not resume and not dry_run:
-        raise OutputError(f"{partial} is left from an interrupted run: continue it with --resume, or remove it")
+        raise OutputError(f"{partial} is left from an interrupted run: {remedy}remove it")
     return partial
 
 
@@ -68,8 +87,16 @@ def writable(path: Path) -> Iterator[None]:
 
 
 def copy_side_files(source: Path, out: Path) -> None:
-    """Tokenizer, generation config and licence; never weights, config.json or an index."""
-    for pattern in SIDE_FILES:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file() and file.name != "config.json" and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, out / file.name)
+    """Tokenizer, generation config and licence, where they are files of the folder itself.
+
+    Raises: SourceError for a link that leads out of the folder: publishing the overlay would publish its target
+    """
+    for name in SIDE_FILES:
+        if not os.path.lexists(source / name):
+            continue
+        try:
+            file = open_inside(source, name)
+        except FormatError as error:
+            raise SourceError(str(error)) from None
+        with file, open(out / name, "wb") as copy:
+            shutil.copyfileobj(file, copy)

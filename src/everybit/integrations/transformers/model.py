@@ -31,6 +31,7 @@ DTYPE_NAMES = {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.uint8: "U8",
+    torch.int8: "I8",
     torch.bool: "BOOL",
 }
 
@@ -97,8 +98,11 @@ class OverlayModel(_Base):  # type: ignore[misc]
                 f"save_pretrained of an overlay knows no {sorted(kwargs)[0]!r}: save, then use the folder"
             )
         out = Path(save_directory)
-        partial = free_output(out, resume=False)
+        partial = free_output(out, resume=False, remedy="")
         plain = {n: t for n, t in self.state_dict().items() if n not in (self.all_tied_weights_keys or {})}
+        for name, tensor in plain.items():
+            if tensor.dtype not in DTYPE_NAMES:
+                raise OutputError(f"{name} is {tensor.dtype}, expected one of {', '.join(map(str, DTYPE_NAMES))}")
         layout = {n: TensorSpec(DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in plain.items()}
         for spec in self.overlay.weights.values():
             layout |= {name: self.overlay.spec_of(name) for name in spec.tensors()}

@@ -15,8 +15,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from everybit.errors import SourceError
-from everybit.formats import Overlay
+from everybit.errors import FormatError, SourceError
+from everybit.formats import QUANT_METHOD, Overlay
 from everybit.formats.codebooks import CODEBOOKS
 from everybit.integrations.transformers.model import overlay_model_class
 from everybit.integrations.transformers.weights import attach, detach
@@ -24,23 +24,22 @@ from everybit.integrations.transformers.weights import attach, detach
 if TYPE_CHECKING:  # this module may be imported while transformers itself is still being imported
     from transformers import PreTrainedModel
 
-METHOD = "everybit"
 OVERLAY_TENSORS = {r"_plane\d+$"} | {rf"_{book.suffix}\d+$" for book in CODEBOOKS.values()}
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(QUANT_METHOD)
 class OverlayConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of an overlay as transformers holds it: the dictionary, unchanged (formats checks it)."""
 
     def __init__(self, **fields: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method = QUANT_METHOD
         self.fields = fields
 
     def to_dict(self) -> dict[str, Any]:
         return deepcopy(self.fields)
 
 
-@register_quantizer(METHOD)
+@register_quantizer(QUANT_METHOD)
 class OverlayQuantizer(HfQuantizer):  # type: ignore[misc]
     """Swaps weights for overlay slots before transformers loads the rest."""
 
@@ -57,6 +56,7 @@ class OverlayQuantizer(HfQuantizer):  # type: ignore[misc]
             raise SourceError("an overlay is read from its folder: expected a path or hub id, not a state_dict")
         overlay = Overlay.open(Path(checkpoint_files[0]).parent)
         slots = attach(model, overlay, overlay.bits[-1], model.base_model_prefix)
+        _check_plain(model, overlay)
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | OVERLAY_TENSORS
         model.__class__ = overlay_model_class(type(model))  # type: ignore[arg-type]
@@ -79,3 +79,29 @@ class OverlayQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _check_plain(model: PreTrainedModel, overlay: Overlay) -> None:
+    """Whether the overlay holds exactly the parameters it does not quantize, undamaged.
+
+    transformers would fill a missing one with random numbers and read a damaged one as it stands.
+    Raises: FormatError, ChecksumError
+    """
+    prefix = f"{model.base_model_prefix}."
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    expected = set(model.state_dict()) - tied
+    stored = set(overlay.plain_names())
+    if not any(name.startswith(prefix) for name in expected):  # the base model alone: its head is left out
+        stored = {name.removeprefix(prefix) for name in stored if name.startswith(prefix)}
+    elif extra := sorted(stored - expected - tied):
+        raise FormatError(
+            f"{overlay.folder}: tensor {extra[0]} belongs to no parameter of {type(model).__name__}: "
+            "config.json and weights do not belong together, download both again"
+        )
+    if missing := sorted(expected - stored):
+        raise FormatError(
+            f"{overlay.folder}: {len(missing)} parameters of {type(model).__name__} are missing (first: {missing[0]}): "
+            "config.json and weights do not belong together, download both again"
+        )
+    for name in overlay.plain_names():
+        overlay.tensor(name)

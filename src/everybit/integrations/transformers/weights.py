@@ -43,9 +43,10 @@ class Slot:
             self._dense = None  # freed before its successor is made
             planes = self.overlay.planes(self.spec.name, bits)
             values = dequantize(planes, self.overlay.table(self.spec.name, bits), self.spec.columns)
-            dense = torch.from_numpy(values).reshape(self.spec.shape).to(device=anchor.device, dtype=anchor.dtype)
-            if self.spec.transposed:
-                dense = dense.transpose(-1, -2).contiguous()
+            with torch.inference_mode(False):  # it outlives the caller's inference mode, which would taint it
+                dense = torch.from_numpy(values).reshape(self.spec.shape).to(device=anchor.device, dtype=anchor.dtype)
+                if self.spec.transposed:
+                    dense = dense.transpose(-1, -2).contiguous()
             self._dense, self._dense_bits = dense, bits
         return dense
 
@@ -57,15 +58,19 @@ class Slot:
 def attach(model: nn.Module, overlay: Overlay, bits: int, prefix: str = "") -> list[Slot]:
     """Replace every parameter that the overlay holds by a property that reads it.
 
-    `prefix` is dropped from the overlay's names where the model lacks it (a base model without its head).
+    `prefix` is the name of the base model inside the full one; where `model` is the base model alone, it is dropped
+    from the overlay's names and the head is left out.
     Mutates: `model`. Raises: FormatError when the model has no such parameter or another shape.
     """
     slots = []
+    base_only = bool(prefix) and not hasattr(model, prefix)
     for spec in overlay.weights.values():
         path, _, attribute = spec.name.rpartition(".")
+        if base_only:
+            if not path.startswith(prefix + "."):
+                continue  # a quantized head, which the base model does not have
+            path = path.removeprefix(prefix + ".")
         module = _find(model, path)
-        if module is None and prefix and path.startswith(prefix + "."):
-            module = _find(model, path.removeprefix(prefix + "."))
         parameter = None if module is None else module._parameters.get(attribute)
         if module is None or parameter is None:
             raise FormatError(

@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everybit import _native
-from everybit.errors import PrecisionError, ShapeError, SourceError
+from everybit.errors import ShapeError, SourceError
+from everybit.formats import CODEBOOKS, check_bits
 
 Values = NDArray[np.float32]
 
 _NATIVE = {"tree": _native.solve_tree, "upscale": _native.solve_upscale, "uniform": _native.solve_uniform}
-SOLVERS = tuple(_NATIVE)
+KINDS: dict[str, Literal["table", "affine"]] = {"tree": "table", "upscale": "table", "uniform": "affine"}
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def solve(
     Source:  Any-Precision LLM (Park et al., ICML 2024) section 3 for upscale; tree is ours (native/src/tree.cc)
     """
     if solver not in _NATIVE:
-        raise SourceError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
-    wanted = _checked_bits(bits)
+        raise SourceError(f"unknown solver {solver!r}; choose one of {', '.join(KINDS)}")
+    wanted = list(check_bits(list(bits)))
     weights = _matrix(weights, "weights")
     if weights.shape[1] == 0:
         raise ShapeError(f"weights have shape {list(weights.shape)}; a row needs at least one weight")
@@ -84,16 +85,9 @@ def solve(
         _refuse_bad_row(sensitivity, "sensitivity", True, threads)
     rows = weights.shape[0]
     codes = np.empty(weights.shape, np.uint8)
-    codebooks = {b: np.empty((rows, 2 if solver == "uniform" else 2**b), np.float32) for b in wanted}
+    codebooks = {b: np.empty((rows, CODEBOOKS[KINDS[solver]].width(b)), np.float32) for b in wanted}
     _NATIVE[solver](weights, sensitivity, wanted, seed & (2**64 - 1), codes, list(codebooks.values()), threads)
-    return Solution(codes, codebooks, "affine" if solver == "uniform" else "table")
-
-
-def _checked_bits(bits: Sequence[int]) -> list[int]:
-    wanted = [int(b) for b in bits]
-    if not wanted or wanted != sorted(set(wanted)) or wanted[0] < 2 or wanted[-1] > 8:
-        raise PrecisionError(f"bits are {list(bits)}, expected different ascending precisions within 2..8")
-    return wanted
+    return Solution(codes, codebooks, KINDS[solver])
 
 
 def _matrix(array: object, what: str) -> Values:
