@@ -6,10 +6,6 @@
 
 namespace everybit {
 
-// An order that cannot be: a cell that ends before it begins. Larger than any sum of errors (each <= 1,
-// times an importance <= 4^8), small enough that adding a few stays finite.
-constexpr float kForbidden = 1e30f;
-
 // The prefix sums of one cut's candidates, moved so that the cell beside it is near 0: the subtraction inside
 // `window_errors` then cancels nothing and single precision is enough.
 struct Candidates {

@@ -15,6 +15,10 @@
 
 namespace everybit {
 
+// An order that cannot be: a cell that ends before it begins. Larger than any sum of errors (each <= 1,
+// times an importance <= 4^8), small enough that adding a few stays finite.
+constexpr float kForbidden = 1e30f;
+
 struct JointLevels {
   int low = 0, base = 0;                         // roots are level-`low` cells, leaves level-`base` cells
   std::array<float, kMaxBits + 1> importance{};  // of each level low..base; 0 where nobody asks for it

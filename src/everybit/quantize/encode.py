@@ -67,7 +67,12 @@ def plain(name: str, tensor: torch.Tensor, folder: Path) -> Array:
     """A parameter that is not quantized, bit for bit (bfloat16 as uint16). Raises: SourceError if not finite."""
     if tensor.is_floating_point():
         _check_finite(name, tensor, folder)
-    tensor = tensor.contiguous()
+    return to_numpy(tensor)
+
+
+def to_numpy(tensor: torch.Tensor) -> Array:
+    """The tensor's bytes as numpy holds them: bfloat16, which numpy lacks, as uint16."""
+    tensor = tensor.detach().cpu().contiguous()
     array: Array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array
 

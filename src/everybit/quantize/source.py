@@ -25,10 +25,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from everybit.errors import SourceError, reason
+from everybit.formats.recognize import PICKLES
 
 DTYPES = ("F16", "BF16", "F32", "F64", "I64", "I32", "U8", "BOOL")  # integers: buffers only
 FLOATS = DTYPES[:4]
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 
 
 @dataclass
@@ -249,7 +249,7 @@ def _tensor_files(folder: Path) -> dict[str, tuple[Path, str]]:
     elif (folder / "model.safetensors").is_file():
         files = [folder / "model.safetensors"]
     if not files:
-        if any((folder / p).exists() for p in PICKLES) or list(folder.glob("*.bin")):
+        if any(file.name.endswith(PICKLES) for file in folder.iterdir()):
             raise SourceError(
                 f"{folder} holds pickle weights only (*.bin), which can run code when opened: "
                 "convert them to safetensors first"

@@ -16,6 +16,7 @@ from everybit.errors import OutputError
 from everybit.formats import Overlay, OverlayWriter, TensorSpec
 from everybit.formats.weights import require_bits
 from everybit.integrations.transformers.weights import Slot
+from everybit.quantize.encode import to_numpy
 from everybit.quantize.workspace import free_output, promote
 
 if TYPE_CHECKING:
@@ -110,9 +111,7 @@ class OverlayModel(_Base):  # type: ignore[misc]
         config["architectures"] = [type(self).__name__]
         with OverlayWriter(partial, layout, config, shard_bytes) as writer:
             for name, tensor in plain.items():
-                tensor = tensor.detach().cpu().contiguous()
-                data = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
-                writer.write_group(name, {name: data.numpy()})
+                writer.write_group(name, {name: to_numpy(tensor)})
             for name, spec in self.overlay.weights.items():
                 writer.write_group(name, {t: self.overlay.tensor(t) for t in spec.tensors()})
             if self.can_generate():
