@@ -13,8 +13,7 @@
 namespace everybit {
 namespace {
 
-constexpr float kForbidden = 1e30f;  // as in window.cc
-constexpr int kCapRounds = 8;        // each divides an outlier's share by about `bins`
+constexpr int kCapRounds = 8;  // each divides an outlier's share by about `bins`
 
 // cbrt to 1 %: exponent and mantissa divided by three, one Newton step. Placing first cuts needs no more, and
 // std::cbrt would cost as much as sorting the row.
