@@ -111,6 +111,7 @@ def main() -> None:
         reference_size=sizes.original,
     )
 
+    speak(reference, tokenizer, args.prompt, tokens=48)  # the first generation of a process is slower than the rest
     lines = [["bits", "bpw", "bytes", "perplexity", "KL", "tokens/s"]]
     said: list[tuple[str, str]] = []
     document = report.document()
@@ -134,9 +135,11 @@ def main() -> None:
     print(f"""
 {report.tokens:,} held-out tokens; bytes are all that a deployment at that precision reads (embeddings included), KL is
 in nats per token from the float model. Tokens/s is generation through transformers with dense weights: this
-path does not get faster with fewer bits; only what is read and kept on disk shrinks.
-
-"{args.prompt}" goes on, sampled at temperature 0.7 with one seed:""")
+path does not get faster with fewer bits; only what is read and kept on disk shrinks.""")
+    largest = max(sizes.rows, key=lambda bits: sizes.rows[bits].bytes)
+    if sizes.rows[largest].bytes > sizes.original.bytes:
+        print(f"(At {largest} bits the codebooks make a model as narrow as this one larger than the float file.)")
+    print(f'\n"{args.prompt}" goes on, sampled at temperature 0.7 with one seed:')
     for name, text in said:
         print(f"  {name:>5}  {text[:100]}")
     command = Path(sys.executable).with_name("everybit")
