@@ -67,7 +67,7 @@ def test_a_huge_header_length(tmp_path: Path, length: int) -> None:
 def test_a_header_length_of_zero(tmp_path: Path) -> None:
     folder = Folder().save(tmp_path / "o")
     (folder / NAME).write_bytes(bytes(8) + (folder / NAME).read_bytes()[8:])
-    refuse(folder, "the header length is 0, the file was never finished: run everybit quantize again to resume it")
+    refuse(folder, "the header length is 0, the file was never finished: run everybit quantize with --resume")
 
 
 def _edit(name: str, **fields: Any) -> Callable[[Shard], None]:
