@@ -30,12 +30,16 @@ def main() -> None:
     parser.add_argument("--solvers", default="tree,upscale,uniform")
     parser.add_argument("--documents", type=int, default=150, help="score the last N documents of the text")
     parser.add_argument("--sequences", type=int, default=64, help="calibration sequences of 256 tokens")
+    parser.add_argument("--truncate", action="store_true", help="only the first window of each document")
+    parser.add_argument("--max-tokens", type=int, default=30_000)
     args = parser.parse_args()
 
     reference = load_float(args.model)
     documents = evaluate.read_documents(args.text)[-args.documents :]
     context = min(512, evaluate.context_length(reference.config))
-    windows = evaluate.windows(load_tokenizer(args.model), documents, context, truncate=True)
+    windows = evaluate.windows(
+        load_tokenizer(args.model), documents, context, truncate=args.truncate, max_tokens=args.max_tokens
+    )
     result: dict[str, object] = {"model": args.model.name, "tokens": windows.tokens, "rows": []}
     lines = [["solver", "bits", "bpw", "ppl", "KL mean", "KL p99", "top-1"]]
     for solver in args.solvers.split(","):
