@@ -81,8 +81,8 @@ def table(document: dict[str, Any]) -> str:
     lines = [
         f"{document['overlay']}: {_text(document['architecture'])}, format {document['format_version']}",
         f"made by everybit {_text(made.get('everybit_version'))}, solver {_text(made.get('solver'))}",
-        f"calibration {_text(made.get('calibration'))}",
-        f"from {_text(made.get('source'))}",
+        f"calibration {_text(_pick(made.get('calibration'), 'file', 'kind'))}, "
+        f"from {_text(_pick(made.get('source'), 'name'))}",
         "",
         f"{'layer':<48} {'shape':>18} {'bits':>8} {'codebook':>9}  entropy of planes 0..",
     ]
@@ -100,6 +100,11 @@ def table(document: dict[str, Any]) -> str:
         f"({sizes['stored_bpw']:.2f} bpw with every plane and codebook)"
     )
     return "\n".join(lines)
+
+
+def _pick(value: Any, *keys: str) -> Any:
+    """The first of `keys` that `value` has, if it is an object as our writer makes it; else `value` itself."""
+    return next((value[key] for key in keys if key in value), value) if isinstance(value, dict) else value
 
 
 def _json(document: dict[str, Any]) -> str:
