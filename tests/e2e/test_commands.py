@@ -133,6 +133,20 @@ def test_unneeded_planes_are_never_read(overlay: Path) -> None:
     assert suffixes == {"plane0", "plane1", "plane2", "lut3"}
 
 
+def test_a_copied_model_has_a_precision_of_its_own(overlay: Path) -> None:
+    import copy
+
+    import torch
+
+    model = everybit.load(overlay, bits=2)
+    other = copy.deepcopy(model)
+    other.set_precision(8)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, everybit.load(overlay, bits=2)(ids).logits)
+        assert torch.equal(other(ids).logits, everybit.load(overlay, bits=8)(ids).logits)
+
+
 def test_from_pretrained_needs_only_the_import(overlay: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM

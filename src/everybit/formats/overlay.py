@@ -181,6 +181,10 @@ class Overlay:
         for shard in self._shards:
             shard.close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Overlay:
+        """Itself: the files are read-only, so a copied model shares them."""
+        return self
+
     def __enter__(self) -> Overlay:
         return self
 
