@@ -85,6 +85,17 @@ def self_sequences(
     length = min(record.length, context)
     sequences: list[torch.Tensor] = []
     batch = 8
+    # a configuration of our own: the model's may carry penalties and would not be its own distribution
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_length=length,
+        min_length=length,
+        pad_token_id=start,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     state = torch.random.get_rng_state()
     torch.manual_seed(record.seed)
     try:
@@ -92,17 +103,6 @@ def self_sequences(
             range(0, record.sequences, batch), desc="writing calibration text", unit="batch", disable=not progress
         ):
             count = min(batch, record.sequences - done)
-            # a configuration of our own: the model's may carry penalties and would not be its own distribution
-            config = GenerationConfig(
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_length=length,
-                min_length=length,
-                pad_token_id=start,
-                eos_token_id=tokenizer.eos_token_id,
-            )
             first = torch.full((count, 1), start)
             ids = model.generate(first, attention_mask=torch.ones_like(first), generation_config=config)
             sequences += list(ids.split(1))

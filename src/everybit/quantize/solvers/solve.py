@@ -41,10 +41,8 @@ class Solution:
 
     def values_at(self, bits: int) -> Values:
         """The dequantized weights of one precision, f32[N, K]."""
-        codes, codebook = self.codes_at(bits), self.codebooks[bits]
-        if self.kind == "affine":
-            return codebook[:, 1:] + codebook[:, :1] * codes.astype(np.float32)
-        return np.take_along_axis(codebook, codes.astype(np.intp), axis=1)
+        table = CODEBOOKS[self.kind].expand(self.codebooks[bits], bits)
+        return np.take_along_axis(table, self.codes_at(bits).astype(np.intp), axis=1)
 
 
 def solve(
