@@ -1,32 +1,23 @@
 // The Python module everybit._native: shapes are checked here once, the GIL is released, the work is
 // done by the plain C++ functions beside this file. Outputs are arrays that the caller allocated.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+#include "bindings.h"
+
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
 #include <optional>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "everybit/planes.h"
 #include "everybit/solver.h"
 
-namespace nb = nanobind;
-using namespace nb::literals;
+void bind_engine(nb::module_& m);
 
 namespace {
 
-template <class T, int kDims>
-using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
 using Codes = Array<const std::uint8_t, 2>;
 using PlaneList = std::vector<Codes>;
-
-void require(bool holds, const std::string& message) {
-  if (!holds) throw std::invalid_argument(message);
-}
 
 std::string shape_of(std::size_t rows, std::size_t columns) {
   std::string text = "[";  // += because gcc 12 warns falsely (-Wrestrict) about "[" + std::string
@@ -131,4 +122,5 @@ NB_MODULE(_native, m) {
   define_solver<everybit::solve_tree, false>(m, "solve_tree");
   define_solver<everybit::solve_uniform, true>(m, "solve_uniform");
   m.def("find_bad_row", &bind_find_bad_row, "values"_a.noconvert(), "refuse_negative"_a, "threads"_a);
+  bind_engine(m);
 }

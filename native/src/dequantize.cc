@@ -58,16 +58,23 @@ constexpr std::array<DequantizeRow, 9> kDequantizeRow = {nullptr,           dequ
 
 }  // namespace
 
+void dequantize_rows(const std::uint8_t* const* planes, int bits, const float* table, engine::Range rows,
+                     std::size_t columns, float* values) {
+  const std::size_t bytes = (columns + 7) / 8;
+  const auto count = static_cast<std::size_t>(bits);
+  for (std::size_t row = rows.begin; row < rows.end; ++row, values += columns) {
+    std::array<const std::uint8_t*, 8> at{};
+    for (std::size_t k = 0; k < count; ++k) at[k] = planes[k] + row * bytes;
+    kDequantizeRow[count](at.data(), table + (row << bits), columns, values);
+  }
+}
+
 void dequantize(const std::vector<const std::uint8_t*>& planes, const float* table, std::size_t rows,
                 std::size_t columns, float* values, int threads) {
-  const std::size_t bytes = (columns + 7) / 8;
-  const std::size_t entries = std::size_t{1} << planes.size();
-  const DequantizeRow convert = kDequantizeRow[planes.size()];
-  parallel_rows(rows, rows_per_chunk(columns), threads, [&, convert] {
-    return [&, convert](std::size_t row) {
-      std::array<const std::uint8_t*, 8> at{};
-      for (std::size_t k = 0; k < planes.size(); ++k) at[k] = planes[k] + row * bytes;
-      convert(at.data(), table + row * entries, columns, values + row * columns);
+  parallel_rows(rows, rows_per_chunk(columns), threads, [&] {
+    return [&](std::size_t row) {
+      dequantize_rows(planes.data(), static_cast<int>(planes.size()), table, {row, row + 1}, columns,
+                      values + row * columns);
     };
   });
 }

@@ -4,8 +4,10 @@
     ├── FormatError        a file or folder that is not a valid overlay
     │   └── ChecksumError  bytes that differ from their recorded checksum
     ├── SourceError        a model, text or file that cannot be quantized or read
+    ├── ModelError         a config.json or weights that the engine cannot run
     ├── PrecisionError     bits that are outside 2..8 or not in the overlay
     ├── ShapeError         arrays whose shapes or dtypes do not fit together
+    ├── ContextError       more tokens than the context holds
     └── OutputError        a place that cannot be written (not empty, disk full, belongs to another run)
 
 The command line prints the message on one line and exits with 2.
@@ -30,12 +32,20 @@ class SourceError(EverybitError):
     """A model, text or file that cannot be quantized or read."""
 
 
+class ModelError(EverybitError):
+    """A config.json or weights that the engine cannot run: an unknown family or switch, a missing parameter."""
+
+
 class PrecisionError(EverybitError):
     """Bits outside 2..8 or not in the overlay."""
 
 
 class ShapeError(EverybitError):
     """Arrays whose shapes or dtypes do not fit together."""
+
+
+class ContextError(EverybitError):
+    """More tokens than the context holds."""
 
 
 class OutputError(EverybitError):

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "everybit/engine/share.h"
+
 namespace everybit {
 
 // codes u8[rows, columns] -> packed u8[planes, rows, ceil(columns/8)]; only the low `planes` bits count.
@@ -21,5 +23,9 @@ void unpack_codes(const std::vector<const std::uint8_t*>& planes, std::size_t ro
 // As unpack_codes, then values[row, column] = table[row, code]; table f32[rows, 2^planes].
 void dequantize(const std::vector<const std::uint8_t*>& planes, const float* table, std::size_t rows,
                 std::size_t columns, float* values, int threads);
+
+// As dequantize, for rows [rows.begin, rows.end) on this thread alone: values f32[rows.end - rows.begin, columns].
+void dequantize_rows(const std::uint8_t* const* planes, int bits, const float* table, engine::Range rows,
+                     std::size_t columns, float* values);
 
 }  // namespace everybit

@@ -117,6 +117,13 @@ class Overlay:
             self._verified.add(name)
         return view
 
+    def mapped(self, name: str) -> NDArray[Any]:
+        """As tensor, but unread and unverified: to hand an address on, before `planes` or `tensor` has verified it.
+
+        Raises: FormatError
+        """
+        return self._find(name).view(name)
+
     def planes(self, parameter: str, bits: int) -> list[NDArray[np.uint8]]:
         """The first `bits` planes of a quantized weight, most significant first.
 

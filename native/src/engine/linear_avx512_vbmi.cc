@@ -1,0 +1,367 @@
+// Quantized linear layers for AVX-512 with VBMI, GFNI and VNNI (Ice Lake, Zen 4 and newer). Layout and terms: linear.h.
+//
+// Per block and row: rotate plane p left by p (one GFNI each), merge pairs and quads of planes by bit-select, so that
+// the vector for step t holds the index of weight 8l + t in bits t .. t+b-1 of byte l, cyclically. Rotating right by t
+// brings it down; bits above b are dirt, and tables are repeated to 64 entries, so that dirt selects an equal entry
+// (7 and 8 bits use all bits of the index). vpermb looks up, vpdpbusd multiplies unsigned table bytes by signed
+// activations, exactly: 32 * 255 * 127 < 2^21, and 256 times that < 2^31.
+// Cost of a block at 3 bits and two parts: 3 loads, 2 + 2 + 4 for the merge, 7 rotations, 16 lookups, 16 dot products.
+#include <immintrin.h>
+
+#include "everybit/engine/linear.h"
+
+namespace everybit::engine {
+namespace {
+
+using V = __m512i;
+
+// GFNI computes bit i of a byte as the parity of (row byte 7-i AND x): rotation matrices are the identity's rows, moved.
+constexpr long long rotation(int left) {
+  unsigned long long matrix = 0;
+  for (int i = 0; i < 8; ++i) {
+    const int from = ((i - left) % 8 + 8) % 8;
+    matrix |= (1ULL << from) << (8 * (7 - i));
+  }
+  return static_cast<long long>(matrix);
+}
+
+template <int kLeft>
+inline V rotate_left(V x) {
+  if constexpr (kLeft % 8 == 0) return x;
+  return _mm512_gf2p8affine_epi64_epi8(x, _mm512_set1_epi64(rotation(kLeft)), 0);
+}
+
+// Bits of `mask` from a, the others from b.
+inline V select(V a, V b, unsigned char mask) {
+  return _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(mask)), a, b, 0xCA);
+}
+
+inline V load(const std::uint8_t* at, __mmask64 bytes) { return _mm512_maskz_loadu_epi8(bytes, at); }
+inline V load(const std::uint8_t* at) { return _mm512_loadu_si512(at); }
+
+// Planes p0 .. p3 (kCount of them, plane i already rotated left by first + i) -> quad[j]: indices of the steps
+// t = j and j + 4 in bits t .. t+3, the first plane at bit t.
+template <int kCount>
+inline void merge_quad(const V* planes, V* quad) {
+  if constexpr (kCount == 1) {
+    quad[0] = quad[1] = quad[2] = quad[3] = planes[0];
+  } else {
+    const V even01 = select(planes[0], planes[1], 0x55), odd01 = select(planes[0], planes[1], 0xAA);
+    if constexpr (kCount == 2) {
+      quad[0] = quad[2] = even01;
+      quad[1] = quad[3] = odd01;
+    } else {
+      V even23 = planes[2], odd23 = planes[2];
+      if constexpr (kCount == 4) {
+        even23 = select(planes[2], planes[3], 0x55);
+        odd23 = select(planes[2], planes[3], 0xAA);
+      }
+      quad[0] = select(even01, even23, 0x33);
+      quad[1] = select(odd01, odd23, 0x66);
+      quad[2] = select(even01, even23, 0xCC);
+      quad[3] = select(odd01, odd23, 0x99);
+    }
+  }
+}
+
+template <int kBits, int kPlane = 0>
+inline void load_planes(const std::uint8_t* const* at, std::size_t offset, __mmask64 bytes, bool whole, V* planes) {
+  if constexpr (kPlane < kBits) {
+    planes[kPlane] = rotate_left<kPlane>(whole ? load(at[kPlane] + offset) : load(at[kPlane] + offset, bytes));
+    load_planes<kBits, kPlane + 1>(at, offset, bytes, whole, planes);
+  }
+}
+
+// The eight index vectors of a block; only the low kBits bits of each byte mean something.
+template <int kBits>
+inline void block_indices(const std::uint8_t* const* at, std::size_t offset, __mmask64 bytes, bool whole, V* index) {
+  V planes[8];
+  load_planes<kBits>(at, offset, bytes, whole, planes);
+  V low[4];
+  merge_quad<(kBits < 4 ? kBits : 4)>(planes, low);
+  if constexpr (kBits <= 4) {
+    for (int t = 0; t < 8; ++t) index[t] = low[t & 3];
+  } else {
+    V high[4];
+    merge_quad<kBits - 4>(planes + 4, high);  // plane 4 is at bits t+4 of the steps t = j and j + 4 alike
+    index[0] = select(low[0], high[0], 0x0F);
+    index[4] = select(low[0], high[0], 0xF0);
+    index[1] = select(low[1], high[1], 0x1E);
+    index[5] = select(low[1], high[1], 0xE1);
+    index[2] = select(low[2], high[2], 0x3C);
+    index[6] = select(low[2], high[2], 0xC3);
+    index[3] = select(low[3], high[3], 0x78);
+    index[7] = select(low[3], high[3], 0x87);
+  }
+  index[1] = rotate_left<7>(index[1]);
+  index[2] = rotate_left<6>(index[2]);
+  index[3] = rotate_left<5>(index[3]);
+  index[4] = rotate_left<4>(index[4]);
+  index[5] = rotate_left<3>(index[5]);
+  index[6] = rotate_left<2>(index[6]);
+  index[7] = rotate_left<1>(index[7]);
+}
+
+// One table of 2^kBits bytes, in registers.
+template <int kBits>
+struct Lookup {
+  static constexpr int kRegisters = kBits <= 6 ? 1 : (kBits == 7 ? 2 : 4);
+  V part[kRegisters];
+
+  explicit Lookup(const std::uint8_t* e) {
+    if constexpr (kBits == 1) part[0] = _mm512_set1_epi16(static_cast<short>(e[0] | (e[1] << 8)));
+    if constexpr (kBits == 2) part[0] = _mm512_set1_epi32(*reinterpret_cast<const int __attribute__((may_alias, aligned(1)))*>(e));
+    if constexpr (kBits == 3)
+      part[0] = _mm512_set1_epi64(*reinterpret_cast<const long long __attribute__((may_alias, aligned(1)))*>(e));
+    if constexpr (kBits == 4) part[0] = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(e)));
+    if constexpr (kBits == 5) part[0] = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(e)));
+    if constexpr (kBits >= 6)
+      for (int i = 0; i < kRegisters; ++i) part[i] = load(e + 64 * i);
+  }
+  V operator()(V index) const {
+    if constexpr (kBits <= 6) return _mm512_permutexvar_epi8(index, part[0]);
+    if constexpr (kBits == 7) return _mm512_permutex2var_epi8(part[0], index, part[1]);
+    if constexpr (kBits == 8)
+      return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), _mm512_permutex2var_epi8(part[0], index, part[1]),
+                                    _mm512_permutex2var_epi8(part[2], index, part[3]));
+    return index;
+  }
+};
+
+inline __mmask64 tail_mask(std::size_t bytes) { return bytes >= 64 ? ~0ULL : (1ULL << bytes) - 1; }
+
+inline V activations(const std::int8_t* at) { return _mm512_load_si512(at); }
+
+inline void finish(const Output& out, std::size_t token, std::size_t row, float value) {
+  float* at = out.data + token * out.stride + row;
+  if (out.bias) value += out.bias[row];
+  *at = out.add ? *at + value : value;
+}
+
+template <int kBits>
+struct RowPointers {
+  const std::uint8_t* at[8];
+  RowPointers(const Planes& planes, std::size_t row) {
+    for (int p = 0; p < kBits; ++p) at[p] = planes.plane[p] + row * planes.row_bytes;
+  }
+};
+
+// ---- one token --------------------------------------------------------------------------------------------------
+
+template <int kBits, int kParts>
+inline V dot_block(const Lookup<kBits>& high, const Lookup<kBits>& low, const std::uint8_t* const* at,
+                   std::size_t offset, __mmask64 bytes, bool whole, const std::int8_t* x) {
+  V index[8];
+  block_indices<kBits>(at, offset, bytes, whole, index);
+  V sum_high = _mm512_setzero_si512(), sum_low = _mm512_setzero_si512();
+  for (int t = 0; t < 8; ++t) {
+    const V step = activations(x + 64 * t);
+    sum_high = _mm512_dpbusd_epi32(sum_high, high(index[t]), step);
+    if constexpr (kParts == 2) sum_low = _mm512_dpbusd_epi32(sum_low, low(index[t]), step);
+  }
+  return kParts == 2 ? _mm512_add_epi32(_mm512_slli_epi32(sum_high, 8), sum_low) : sum_high;
+}
+
+template <int kBits, int kParts>
+void gemv(const Planes& planes, const Tables& tables, const QuantizedRows& x, Range rows, const Output& out, void*) {
+  constexpr std::size_t kEntries = std::size_t{1} << kBits;
+  const std::size_t whole = planes.row_bytes / kBlockBytes, tail = planes.row_bytes % kBlockBytes;
+  const __mmask64 mask = tail_mask(tail);
+  for (std::size_t row = rows.begin; row < rows.end; ++row) {
+    const std::uint8_t* entries = tables.entries + row * tables.stride;
+    const Lookup<kBits> high(entries), low(entries + (kParts - 1) * kEntries);
+    const RowPointers<kBits> pointers(planes, row);
+    __m512 sum = _mm512_setzero_ps();
+    std::size_t block = 0;
+    for (; block < whole; ++block) {
+      const V dot = dot_block<kBits, kParts>(high, low, pointers.at, block * kBlockBytes, 0, true,
+                                             x.codes + block * kBlock);
+      sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_loadu_ps(x.scales + block * kGroups), sum);
+    }
+    if (tail) {
+      const V dot = dot_block<kBits, kParts>(high, low, pointers.at, block * kBlockBytes, mask, false,
+                                             x.codes + block * kBlock);
+      sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_loadu_ps(x.scales + block * kGroups), sum);
+    }
+    finish(out, 0, row, tables.lines[2 * row] * _mm512_reduce_add_ps(sum) + tables.lines[2 * row + 1] * x.sums[0]);
+  }
+}
+
+// ---- many tokens ------------------------------------------------------------------------------------------------
+
+// Table bytes of one row, all blocks: [blocks][kParts][8 steps][64].
+template <int kBits, int kParts>
+void expand_row(const Planes& planes, const Tables& tables, std::size_t row, std::uint8_t* to) {
+  constexpr std::size_t kEntries = std::size_t{1} << kBits;
+  const std::uint8_t* entries = tables.entries + row * tables.stride;
+  const Lookup<kBits> high(entries), low(entries + (kParts - 1) * kEntries);
+  const RowPointers<kBits> pointers(planes, row);
+  for (std::size_t offset = 0; offset < planes.row_bytes; offset += kBlockBytes, to += kParts * kBlock) {
+    const bool is_whole = offset + kBlockBytes <= planes.row_bytes;
+    V index[8];
+    block_indices<kBits>(pointers.at, offset, is_whole ? 0 : tail_mask(planes.row_bytes - offset), is_whole, index);
+    for (int t = 0; t < 8; ++t) {
+      _mm512_store_si512(to + 64 * t, high(index[t]));
+      if constexpr (kParts == 2) _mm512_store_si512(to + kBlock + 64 * t, low(index[t]));
+    }
+  }
+}
+
+// Dot products of kRows expanded rows with kTokens tokens. 4 x 6 integer accumulators, 4 weights and 1 activation vector
+// fill the 32 registers; the float sums lie in L1 and are touched once per block.
+template <int kParts, int kRows, int kTokens>
+void tile(const std::uint8_t* weights, std::size_t row_stride, const QuantizedRows& x, std::size_t token,
+          const float* lines, std::size_t row, const Output& out) {
+  __m512 sums[kRows][kTokens];
+  for (auto& line : sums)
+    for (auto& sum : line) sum = _mm512_setzero_ps();
+  const std::size_t token_stride = x.blocks * kBlock;
+  const std::int8_t* codes = x.codes + token * token_stride;
+  for (std::size_t block = 0; block < x.blocks; ++block) {
+    V dots[kRows][kTokens];
+    for (auto& line : dots)
+      for (auto& dot : line) dot = _mm512_setzero_si512();
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) {
+      if (part == 1)
+        for (auto& line : dots)
+          for (auto& dot : line) dot = _mm512_slli_epi32(dot, 8);
+      const std::uint8_t* w = weights + (block * kParts + part) * kBlock;
+      const std::int8_t* a = codes + block * kBlock;
+#pragma GCC unroll 1
+      for (int t = 0; t < 8; ++t, w += 64, a += 64) {
+        V row_bytes[kRows];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) row_bytes[r] = _mm512_load_si512(w + r * row_stride);
+#pragma GCC unroll 8
+        for (int m = 0; m < kTokens; ++m) {
+          const V step = activations(a + m * token_stride);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) dots[r][m] = _mm512_dpbusd_epi32(dots[r][m], row_bytes[r], step);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kTokens; ++m) {
+      const __m512 scale = _mm512_loadu_ps(x.scales + ((token + m) * x.blocks + block) * kGroups);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sums[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r][m]), scale, sums[r][m]);
+    }
+  }
+  for (int m = 0; m < kTokens; ++m)
+    for (int r = 0; r < kRows; ++r)
+      finish(out, token + m, row + r,
+             lines[2 * (row + r)] * _mm512_reduce_add_ps(sums[r][m]) + lines[2 * (row + r) + 1] * x.sums[token + m]);
+}
+
+template <int kParts, int kRows>
+void tokens_tiles(const std::uint8_t* weights, std::size_t row_stride, const QuantizedRows& x, std::size_t token,
+                  std::size_t tokens, const float* lines, std::size_t row, const Output& out) {
+  switch (tokens) {
+    case 6: return tile<kParts, kRows, 6>(weights, row_stride, x, token, lines, row, out);
+    case 5: return tile<kParts, kRows, 5>(weights, row_stride, x, token, lines, row, out);
+    case 4: return tile<kParts, kRows, 4>(weights, row_stride, x, token, lines, row, out);
+    case 3: return tile<kParts, kRows, 3>(weights, row_stride, x, token, lines, row, out);
+    case 2: return tile<kParts, kRows, 2>(weights, row_stride, x, token, lines, row, out);
+    default: return tile<kParts, kRows, 1>(weights, row_stride, x, token, lines, row, out);
+  }
+}
+
+constexpr std::size_t kTileRows = 4, kTileTokens = 6;
+
+template <int kBits, int kParts>
+void gemm(const Planes& planes, const Tables& tables, const QuantizedRows& x, Range rows, const Output& out,
+          void* scratch) {
+  const std::size_t row_stride = x.blocks * kParts * kBlock;
+  std::uint8_t* expanded = static_cast<std::uint8_t*>(scratch);
+  // Rows expanded at once: about 32 KiB of them stay in L1 while the tokens pass by; at least one tile.
+  std::size_t group = (std::size_t{32} << 10) / row_stride / kTileRows * kTileRows;
+  if (group < kTileRows) group = kTileRows;
+  for (std::size_t first = rows.begin; first < rows.end; first += group) {
+    const std::size_t count = rows.end - first < group ? rows.end - first : group;
+    for (std::size_t r = 0; r < count; ++r) expand_row<kBits, kParts>(planes, tables, first + r, expanded + r * row_stride);
+    for (std::size_t token = 0; token < x.tokens;) {
+      std::size_t m = x.tokens - token;
+      // 7 tokens as 4 + 3, 8 as 4 + 4: two even tiles beat a full one and a sliver.
+      if (m > kTileTokens) m = m < 2 * kTileTokens ? (m + 1) / 2 : kTileTokens;
+      std::size_t r = 0;
+      for (; r + kTileRows <= count; r += kTileRows)
+        tokens_tiles<kParts, 4>(expanded + r * row_stride, row_stride, x, token, m, tables.lines, first + r, out);
+      for (; r < count; ++r)
+        tokens_tiles<kParts, 1>(expanded + r * row_stride, row_stride, x, token, m, tables.lines, first + r, out);
+      token += m;
+    }
+  }
+}
+
+// ---- activations ------------------------------------------------------------------------------------------------
+
+void quantize(const float* x, std::size_t columns, std::int8_t* codes, float* scales, float* sum) {
+  // Transposes 64 x 8 bytes: byte 8l + t goes to 64t + l. First within each register (8 bytes l = 0..7 of 8 steps), then
+  // across: register i holds weights 64i .. 64i+63, so l = 8i .. 8i+7, and its qword t after the permutation is step t.
+  alignas(64) static constexpr std::uint8_t kTranspose[64] = {
+      0, 8,  16, 24, 32, 40, 48, 56, 1, 9,  17, 25, 33, 41, 49, 57, 2, 10, 18, 26, 34, 42, 50, 58, 3, 11, 19, 27, 35, 43, 51, 59,
+      4, 12, 20, 28, 36, 44, 52, 60, 5, 13, 21, 29, 37, 45, 53, 61, 6, 14, 22, 30, 38, 46, 54, 62, 7, 15, 23, 31, 39, 47, 55, 63};
+  const V transpose = _mm512_load_si512(kTranspose);
+  const __m512i sign = _mm512_set1_epi32(0x7fffffff);
+  double total = 0;
+  for (std::size_t begin = 0; begin < columns; begin += kBlock, codes += kBlock, scales += kGroups) {
+    alignas(64) std::uint64_t qwords[8][8];
+    for (std::size_t i = 0; i < 8; ++i) {
+      V bytes = _mm512_setzero_si512();
+      for (std::size_t half = 0; half < 2; ++half) {
+        const std::size_t at = begin + 64 * i + 32 * half;
+        const std::size_t left = at < columns ? columns - at : 0;
+        const __mmask16 m0 = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+        const __mmask16 m1 = left >= 32 ? 0xffff : (left > 16 ? static_cast<__mmask16>((1u << (left - 16)) - 1) : 0);
+        const __m512 a = _mm512_maskz_loadu_ps(m0, x + at), b = _mm512_maskz_loadu_ps(m1, x + at + 16);
+        const __m512 most_lanes = _mm512_max_ps(_mm512_castsi512_ps(_mm512_and_epi32(_mm512_castps_si512(a), sign)),
+                                                _mm512_castsi512_ps(_mm512_and_epi32(_mm512_castps_si512(b), sign)));
+        const float most = _mm512_reduce_max_ps(most_lanes);
+        const float inverse = most > 0 ? 127.0f / most : 0.0f;
+        const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, _mm512_set1_ps(inverse)));
+        const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, _mm512_set1_ps(inverse)));
+        const int ints = _mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb));
+        const float scale = most / 127.0f;
+        scales[2 * i + half] = scale;
+        total += static_cast<double>(scale) * ints;
+        const __m256i packed = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtsepi32_epi8(qa)),
+                                                       _mm512_cvtsepi32_epi8(qb), 1);
+        bytes = half ? _mm512_inserti64x4(bytes, packed, 1) : _mm512_inserti64x4(bytes, packed, 0);
+      }
+      _mm512_store_si512(qwords[i], _mm512_permutexvar_epi8(transpose, bytes));
+    }
+    for (int t = 0; t < 8; ++t)
+      for (int i = 0; i < 8; ++i) *reinterpret_cast<std::uint64_t __attribute__((may_alias))*>(codes + 64 * t + 8 * i) = qwords[i][t];
+  }
+  *sum = static_cast<float>(total);
+}
+
+template <int kBits>
+void gemv_any(const Planes& planes, const Tables& tables, const QuantizedRows& x, Range rows, const Output& out,
+              void* scratch) {
+  tables.parts == 2 ? gemv<kBits, 2>(planes, tables, x, rows, out, scratch)
+                    : gemv<kBits, 1>(planes, tables, x, rows, out, scratch);
+}
+
+template <int kBits>
+void gemm_any(const Planes& planes, const Tables& tables, const QuantizedRows& x, Range rows, const Output& out,
+              void* scratch) {
+  tables.parts == 2 ? gemm<kBits, 2>(planes, tables, x, rows, out, scratch)
+                    : gemm<kBits, 1>(planes, tables, x, rows, out, scratch);
+}
+
+}  // namespace
+
+const Kernels& avx512_vbmi_kernels() {
+  static constexpr Kernels kKernels = {
+      "avx512_vbmi",
+      256,
+      quantize,
+      {nullptr, gemv_any<1>, gemv_any<2>, gemv_any<3>, gemv_any<4>, gemv_any<5>, gemv_any<6>, gemv_any<7>, gemv_any<8>},
+      {nullptr, gemm_any<1>, gemm_any<2>, gemm_any<3>, gemm_any<4>, gemm_any<5>, gemm_any<6>, gemm_any<7>,
+       gemm_any<8>}};
+  return kKernels;
+}
+
+}  // namespace everybit::engine

@@ -1,0 +1,137 @@
+#include "everybit/engine/weight.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "everybit/planes.h"
+#include "everybit/threads.h"
+
+namespace everybit::engine {
+namespace {
+
+// The lowest `bits` bits of code, last first: where the kernels look for the value of that code.
+unsigned reversed(unsigned code, int bits) {
+  unsigned result = 0;
+  for (int i = 0; i < bits; ++i) result |= ((code >> i) & 1u) << (bits - 1 - i);
+  return result;
+}
+
+int parts_of(Mode mode, int bits) { return mode == Mode::standard && bits >= 3 ? 2 : 1; }
+
+// Rows dequantized at a time in exact mode: they fit into the first level of cache with room for activations.
+constexpr std::size_t kExactBytes = std::size_t{24} << 10;
+
+}  // namespace
+
+PreparedTables::PreparedTables(const float* values, std::size_t rows, int bits, Mode mode, const Kernels& kernels,
+                               int threads)
+    : bits_(bits), parts_(parts_of(mode, bits)) {
+  const std::size_t count = std::size_t{1} << bits;
+  if (mode == Mode::exact) {
+    values_.assign(values, values + rows * count);
+    return;
+  }
+  const int base = kernels.base, parts = parts_;
+  const float most = static_cast<float>(parts == 2 ? base * base - 1 : base - 1);
+  entries_.resize(rows * static_cast<std::size_t>(parts) * count);
+  lines_.resize(2 * rows);
+  if (parts == 2) byte_lines_.resize(2 * rows);
+  std::array<std::uint8_t, 256> place{};
+  for (unsigned code = 0; code < count; ++code) place[code] = static_cast<std::uint8_t>(reversed(code, bits));
+  parallel_rows(rows, rows_per_chunk(count), threads, [&] {
+    return [&](std::size_t row) {
+      const float* from = values + row * count;
+      std::uint8_t* high = entries_.data() + row * static_cast<std::size_t>(parts) * count;
+      std::uint8_t* low = high + (parts - 1) * count;
+      const auto [least, greatest] = std::minmax_element(from, from + count);
+      const float offset = *least, scale = (*greatest - offset) / most;
+      const float inverse = scale > 0 ? 1.0f / scale : 0.0f;  // inf where scale is denormal: clamped below
+      for (std::size_t code = 0; code < count; ++code) {
+        const float steps = std::min((from[code] - offset) * inverse, most);
+        const int entry = steps > 0 ? static_cast<int>(std::lrint(steps)) : 0;
+        if (parts == 2) low[place[code]] = static_cast<std::uint8_t>(entry % base);
+        high[place[code]] = static_cast<std::uint8_t>(parts == 2 ? entry / base : entry);
+      }
+      lines_[2 * row] = scale;
+      lines_[2 * row + 1] = offset;
+      if (parts == 2) {  // the low part is replaced by the middle of what it can be
+        byte_lines_[2 * row] = scale * static_cast<float>(base);
+        byte_lines_[2 * row + 1] = offset + scale * static_cast<float>(base - 1) / 2;
+      }
+    };
+  });
+}
+
+Tables PreparedTables::standard(std::size_t row) const {
+  const std::size_t stride = static_cast<std::size_t>(parts_) << bits_;
+  return {bits_, parts_, entries_.data() + row * stride, lines_.data() + 2 * row, stride};
+}
+
+Tables PreparedTables::bytes(std::size_t row) const {
+  Tables tables = standard(row);
+  if (parts_ == 2) tables.lines = byte_lines_.data() + 2 * row;
+  tables.parts = 1;
+  return tables;
+}
+
+std::size_t PreparedTables::size_bytes() const {
+  return entries_.size() + 4 * (lines_.size() + byte_lines_.size() + values_.size());
+}
+
+Planes Weight::planes_at(std::size_t row) const {
+  Planes moved = planes;
+  for (int p = 0; p < planes_held; ++p) moved.plane[p] += row * planes.row_bytes;
+  return moved;
+}
+
+Matrix Weight::plain_at(std::size_t expert) const {
+  Matrix moved = plain;
+  const std::size_t item = plain.dtype == Dtype::f32 ? 4 : 2;
+  moved.data = static_cast<const std::uint8_t*>(plain.data) + expert * rows * columns * item;
+  return moved;
+}
+
+void QuantizedRoom::reserve(std::size_t tokens, std::size_t columns) {
+  const std::size_t blocks = (columns + kBlock - 1) / kBlock;
+  if (codes.size() < tokens * blocks * kBlock + 64) codes.resize(tokens * blocks * kBlock + 64);
+  if (scales.size() < tokens * blocks * kGroups) scales.resize(tokens * blocks * kGroups);
+  if (sums.size() < tokens) sums.resize(tokens);
+}
+
+QuantizedRows QuantizedRoom::rows(std::size_t first, std::size_t tokens, std::size_t columns) {
+  const std::size_t blocks = (columns + kBlock - 1) / kBlock;
+  const auto base = (reinterpret_cast<std::uintptr_t>(codes.data()) + 63) & ~std::uintptr_t{63};
+  return {tokens, blocks, reinterpret_cast<std::int8_t*>(base) + first * blocks * kBlock,
+          scales.data() + first * blocks * kGroups, sums.data() + first};
+}
+
+void multiply(const Weight& weight, std::size_t expert, int bits, Mode mode, const Isa& isa, Columns x,
+              const QuantizedRows& quantized, Range rows, const Output& out, void* scratch) {
+  if (rows.begin >= rows.end) return;
+  const std::size_t tokens = quantized.tokens;
+  if (!weight.quantized) return isa.ops->dense(weight.plain_at(expert), x, tokens, rows, out, scratch);
+  const int own = weight.served[static_cast<std::size_t>(bits)];
+  const PreparedTables& tables = *weight.tables[static_cast<std::size_t>(own)];
+  const std::size_t first = expert * weight.rows;
+  const Planes planes = weight.planes_at(first);
+  if (mode != Mode::exact) {
+    const bool one_byte = tokens >= kPrefillTokens && own <= kBytePrefillBits;
+    const LinearFunction* functions = tokens == 1 ? isa.kernels->gemv : isa.kernels->gemm;
+    return functions[own](planes, one_byte ? tables.bytes(first) : tables.standard(first), quantized, rows, out,
+                          scratch);
+  }
+  float* values = reinterpret_cast<float*>(static_cast<std::uint8_t*>(scratch) + kDenseScratchBytes);
+  const std::size_t most =
+      std::max<std::size_t>(1, kExactBytes / (4 * weight.columns) / 8 * 8);
+  for (std::size_t row = rows.begin; row < rows.end; row += most) {
+    const std::size_t count = std::min(most, rows.end - row);
+    dequantize_rows(planes.plane, own, tables.values(first), {row, row + count}, weight.columns, values);
+    Output part = out;
+    part.data += row;
+    if (part.bias) part.bias += row;
+    const Matrix matrix{values, Dtype::f32, count, weight.columns, false};
+    isa.ops->dense(matrix, x, tokens, {0, count}, part, scratch);
+  }
+}
+
+}  // namespace everybit::engine

@@ -1,0 +1,228 @@
+"""A model ready to run on this machine: sequences, their places in the KV cache, prompts and steps.
+
+    runtime = Runtime.open("overlay", threads=2)
+    logits = runtime.prefill(0, tokens, bits=4)      # f32[V], of the last token
+    logits = runtime.decode([next_token], bits=3)    # f32[1, V]
+
+The scheduler of the server (issue 5) brings its own block tables and uses `Native` directly; here every sequence owns a
+fixed run of blocks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from everybit import _native
+from everybit.engine.checkpoint import Checkpoint
+from everybit.engine.models import build
+from everybit.engine.native import BLOCK_TOKENS, Native, make_step
+from everybit.errors import ContextError, ModelError, PrecisionError
+from everybit.formats.weights import require_bits
+
+F32 = NDArray[np.float32]
+MODES = ("exact", "default", "fast")
+KV_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+ISA_VARIABLE = "EVERYBIT_ISA"
+
+
+class Runtime:
+    """An opened model with room for `sequences` sequences of up to `context` tokens. Make one with `Runtime.open`."""
+
+    def __init__(self, checkpoint: Checkpoint, native: Native, context: int, sequences: int, threads: int) -> None:
+        self.checkpoint = checkpoint
+        self.native = native
+        self.context = context
+        self.sequences = sequences
+        self.threads = threads
+        self.bits = checkpoint.bits
+        self.isa = native.isa
+        self.vocabulary = native.program.vocabulary
+        self.lengths = [0] * sequences  # tokens of each sequence in the cache
+        self._blocks_each = blocks_of(context)
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        threads: int = 0,
+        pin: Sequence[int] = (),
+        isa: str | None = None,
+        mode: str = "default",
+        context: int | None = None,
+        sequences: int = 1,
+        kv_dtype: str = "float16",
+        most_tokens: int = 512,
+        debug: bool = False,
+        verify: bool = True,
+    ) -> Runtime:
+        """An overlay, or a folder of float safetensors, ready to run.
+
+        `threads` 0: one per processor this process may use. `isa` None: $EVERYBIT_ISA, else the best this processor runs.
+        `context` None: the model's own. `mode` exact, default or fast: docs/design/0002. `verify=False` trusts the files.
+
+        Cost: no weight is read or copied; a precision is verified and its tables built at its first use.
+        Raises: FormatError, ModelError (architecture, option or processor), ContextError
+        """
+        threads = check_threads(threads)
+        if mode not in MODES:
+            raise ModelError(f"mode {mode!r} arrived, expected one of {', '.join(MODES)}")
+        if kv_dtype not in KV_DTYPES:
+            raise ModelError(f"kv_dtype {kv_dtype!r} arrived, expected one of {', '.join(KV_DTYPES)}")
+        if sequences < 1 or most_tokens < 1:
+            raise ModelError(f"{sequences} sequences of {most_tokens} tokens a step arrived, expected at least 1 of 1")
+        isa = os.environ.get(ISA_VARIABLE, "") if isa is None else isa
+        if isa and isa not in _native.isas():
+            raise ModelError(
+                f"instruction set {isa!r} arrived (as an argument or in {ISA_VARIABLE}), this processor runs "
+                f"{', '.join(_native.isas())}: choose one of them or leave it out"
+            )
+        checkpoint = Checkpoint.open(Path(folder).expanduser(), verify)
+        try:
+            program = build(checkpoint, context=context)
+            context = program.context if context is None else context
+            if not 1 <= context <= program.context:
+                raise ContextError(f"a context of {context} tokens arrived, the model has 1 to {program.context}")
+            native = Native(
+                program,
+                checkpoint,
+                threads=threads,
+                pin=pin,
+                isa=isa,
+                mode=mode,
+                kv_blocks=blocks_of(context) * sequences,
+                kv_dtype=KV_DTYPES[kv_dtype],
+                most_tokens=min(most_tokens, max(context, sequences)),
+                debug=debug,
+            )
+        except MemoryError:
+            checkpoint.close()
+            raise ModelError(
+                f"not enough memory for {sequences} sequences of {context} tokens: lower the context or the sequences"
+            ) from None
+        except ValueError as error:  # the native side names what it refused
+            checkpoint.close()
+            raise ModelError(f"{folder}: {error}") from None
+        except BaseException:
+            checkpoint.close()
+            raise
+        return cls(checkpoint, native, context, sequences, threads)
+
+    def prefill(self, sequence: int, tokens: Sequence[int], bits: int = 0) -> F32:
+        """Append tokens to a sequence.
+
+        Shapes:  -> logits f32[V] of the last of them
+        Mutates: the sequence's cache and length
+        Raises:  ContextError, PrecisionError, ModelError (token ids outside the vocabulary, no tokens)
+        """
+        logits = None
+        for part, rows in self._chunks(sequence, tokens, last_only=True):
+            logits = self._run([(part, sequence)], rows, bits)
+        assert logits is not None  # _chunks refused an empty list
+        return logits[0]
+
+    def score(self, sequence: int, tokens: Sequence[int], bits: int = 0) -> Iterator[F32]:
+        """As prefill, but the logits of every token, in pieces f32[n, V] that together cover `tokens`."""
+        for part, rows in self._chunks(sequence, tokens, last_only=False):
+            yield self._run([(part, sequence)], rows, bits)
+
+    def decode(self, tokens: Sequence[int], bits: int = 0) -> F32:
+        """Append one token to each of the first len(tokens) sequences.
+
+        Shapes: -> logits f32[len(tokens), V]
+        Raises: as prefill
+        """
+        if not 1 <= len(tokens) <= self.sequences:
+            raise ModelError(f"{len(tokens)} tokens arrived, expected one for each of up to {self.sequences} sequences")
+        ids = self._check_tokens(tokens)
+        for sequence in range(len(tokens)):
+            self._check_room(sequence, 1)
+        return self._run([(ids[i : i + 1], i) for i in range(len(ids))], range(len(ids)), bits)
+
+    def reset(self, sequence: int | None = None, length: int = 0) -> None:
+        """Forget the tokens of a sequence (None: of all) beyond the first `length`."""
+        for s in range(self.sequences) if sequence is None else [sequence]:
+            self.lengths[s] = min(self.lengths[s], length)
+
+    def close(self) -> None:
+        """Closes the files; the runtime stays usable until it is dropped."""
+        self.checkpoint.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+    def _chunks(
+        self, sequence: int, tokens: Sequence[int], last_only: bool
+    ) -> Iterator[tuple[NDArray[np.int32], Sequence[int]]]:
+        ids = self._check_tokens(tokens)
+        self._check_room(sequence, len(ids))
+        most = self.native.most_tokens
+        for start in range(0, len(ids), most):
+            part = ids[start : start + most]
+            if last_only:
+                yield part, [len(part) - 1] if start + most >= len(ids) else []
+            else:
+                yield part, range(len(part))
+
+    def _run(self, parts: Sequence[tuple[NDArray[np.int32], int]], rows: Sequence[int], bits: int) -> F32:
+        if self.bits:
+            require_bits(bits, self.bits, "the overlay")
+        elif bits:
+            raise PrecisionError(f"{bits} bits were asked of float weights, expected 0: quantize the model first")
+        step = make_step([(ids, self.lengths[s], self._blocks(s)) for ids, s in parts], rows)
+        logits = self.native.run(step, bits)
+        for ids, s in parts:
+            self.lengths[s] += len(ids)
+        return logits
+
+    def _blocks(self, sequence: int) -> range:
+        return range(sequence * self._blocks_each, (sequence + 1) * self._blocks_each)
+
+    def _check_tokens(self, tokens: Sequence[int]) -> NDArray[np.int32]:
+        ids = np.asarray(tokens, np.int64)
+        if ids.ndim != 1 or ids.size == 0:
+            raise ModelError("no tokens arrived, expected at least one")
+        if ids.min() < 0 or ids.max() >= self.vocabulary:
+            raise ModelError(
+                f"token {int(ids.min() if ids.min() < 0 else ids.max())} arrived, the model knows 0 to "
+                f"{self.vocabulary - 1}: use the tokenizer that belongs to it"
+            )
+        return ids.astype(np.int32)
+
+    def _check_room(self, sequence: int, new: int) -> None:
+        if not 0 <= sequence < self.sequences:
+            raise ModelError(f"sequence {sequence} arrived, this runtime has 0 to {self.sequences - 1}")
+        if (have := self.lengths[sequence]) + new > self.context:
+            raise ContextError(
+                f"{have} tokens in sequence {sequence} and {new} more make {have + new}, the context is {self.context}: "
+                "shorten the text or open the model with a larger context"
+            )
+
+
+def blocks_of(tokens: int) -> int:
+    """KV blocks that hold so many tokens."""
+    return -(-tokens // BLOCK_TOKENS)
+
+
+def check_threads(threads: int) -> int:
+    """The number of threads to use; 0 is one per processor this process may use.
+
+    Raises: ModelError when negative or more than four per processor
+    """
+    processors: int = _native.usable_processors()
+    if not 0 <= threads <= 4 * processors:
+        raise ModelError(
+            f"{threads} threads arrived, expected 0 (one per processor) to {4 * processors} "
+            f"(4 for each of {processors} processors)"
+        )
+    return threads or processors
+
+
