@@ -95,7 +95,8 @@ def start_peers(args: argparse.Namespace, shape: str, bits: int, threads: int) -
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     raise SystemExit(f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}")
-            found[kind] = Server([*script, "serve", str(file), "--threads", str(threads)])
+            plain = ["--no-repack"] if args.peer_no_repack else []
+            found[kind] = Server([*script, "serve", str(file), "--threads", str(threads), *plain])
     if args.torch:
         command = [sys.executable, str(PEERS / "torch_peer.py"), shape, "--threads", str(threads)]
         found["torch"] = Server(command)
@@ -125,6 +126,7 @@ def measure(
         "ours_tps": median(mine),
         "ours_spread": [min(mine), max(mine)],
         "ours_bpw": info["bpw"],
+        "ours_isa": info["isa"],
         "gbps": info["read_bytes"] * median(mine) / batch / 1e9,
         "bandwidth_gbps": median(bandwidths) if bandwidths else None,
     }
@@ -191,6 +193,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--codebook", default="table", help="kind of our synthetic overlay")
     parser.add_argument("--mode", default="default", help="mode of our runtime")
     parser.add_argument("--isa", help="EVERYBIT_ISA for our side (the peer's is fixed when it is built)")
+    parser.add_argument("--peer-no-repack", action="store_true", help="llama.cpp without its repacked weight layouts")
     parser.add_argument("--torch", action="store_true", help="also a plain stack of bf16 torch.nn.functional.linear")
     args = parser.parse_args()
     for name, found, known in (("shapes", args.shapes, SHAPES), ("bits", args.bits, PAIRS),
@@ -232,16 +235,8 @@ def main() -> None:
             ours.close()
     git = ["git", "-C", str(PEERS), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    command = " ".join(["python", *sys.argv])
-    about = {
-        "commit": commit,
-        "machine": machine(),
-        "load": load,
-        "isa": args.isa,
-        "mode": args.mode,
-        "command": command,
-    }
-    print(json.dumps({"rows": rows, **about}))
+    about = {"commit": commit, "machine": machine(), "load": load, "isa": args.isa, "mode": args.mode}
+    print(json.dumps({"rows": rows, **about, "command": " ".join(["python", *sys.argv])}))
 
 
 if __name__ == "__main__":

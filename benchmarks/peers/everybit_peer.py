@@ -12,9 +12,9 @@ import argparse
 import time
 from pathlib import Path
 
-from everybit.engine.runtime import Runtime
 from protocol import CONTEXT, PROMPT, serve, token
 
+from everybit.engine.runtime import Runtime
 from everybit.formats import Overlay
 
 
@@ -61,7 +61,7 @@ class Ours:
         size = self.overlay.sizes().rows[bits]
         head = any(name.startswith("lm_head.") for name in [*self.overlay.weights, *self.overlay.plain_names()])
         embedding = self.overlay.spec_of("model.embed_tokens.weight").nbytes if head else 0
-        return {"bpw": size.bpw, "read_bytes": size.bytes - embedding}
+        return {"bpw": size.bpw, "read_bytes": size.bytes - embedding, "isa": self.empty(1).isa}
 
 
 def main() -> None:

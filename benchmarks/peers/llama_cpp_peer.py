@@ -110,9 +110,9 @@ def make(shape: str, out: Path, kind: str, threads: int) -> None:
 class Peer:
     """A loaded model, and a context for each number of sequences asked for."""
 
-    def __init__(self, path: Path, threads: int, flash: int) -> None:
+    def __init__(self, path: Path, threads: int, flash: int = -1, repack: bool = True) -> None:
         params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers, params.use_extra_bufts = 0, repack
         self.path, self.threads, self.flash = path, threads, flash
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
@@ -191,6 +191,7 @@ def main() -> None:
     two.add_argument("file", type=Path)
     two.add_argument("--threads", type=int, default=2)
     two.add_argument("--flash", type=int, default=-1, help="-1 llama.cpp's own choice (default), 0 off, 1 on")
+    two.add_argument("--no-repack", action="store_true", help="keep the file's layout: sometimes faster in prefill")
     args = parser.parse_args()
     llama_cpp.llama_backend_init()
     if args.command == "make":
@@ -198,7 +199,7 @@ def main() -> None:
         return
     quiet = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(quiet, None)
-    peer = Peer(args.file, args.threads, args.flash)
+    peer = Peer(args.file, args.threads, args.flash, not args.no_repack)
     serve({"decode": peer.decode, "prefill": peer.prefill, "info": peer.info})
 
 

@@ -100,6 +100,17 @@ void prepare(Held& self, int id, int bits, const Array<const float, 2>& values, 
       values.data(), rows, bits, self.program.mode(), *self.program.isa().kernels, threads);
 }
 
+void prepare_cells(Held& self, int id, int bits, const Array<const std::uint8_t, 2>& records) {
+  Weight& weight = weight_of(self, id);
+  const std::size_t rows = weight.experts * weight.rows;
+  require(bits >= 5 && bits <= weight.planes_held && records.shape(0) == rows && records.shape(1) == 44 &&
+              self.program.mode() != Mode::exact,
+          weight.name + ": cells of another shape than its weight, or in exact mode");
+  const nb::gil_scoped_release release;
+  weight.tables[static_cast<std::size_t>(bits)] =
+      std::make_unique<PreparedTables>(records.data(), rows, bits, *self.program.isa().kernels);
+}
+
 std::size_t table_bytes(Held& self) {
   std::size_t sum = 0;
   for (std::size_t i = 0; i < self.program.weight_count(); ++i)
@@ -164,6 +175,7 @@ void bind_engine(nb::module_& m) {
              return weight_of(self, id).tables[static_cast<std::size_t>(bits)] != nullptr;
            })
       .def("prepare", &prepare, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg())
+      .def("prepare_cells", &prepare_cells, nb::arg(), nb::arg(), nb::arg().noconvert())
       .def("add_embed",
            [](Held& self, const std::string& label, PlaceTuple out, int weight, bool positions, std::int64_t offset,
               float scale,

@@ -265,7 +265,8 @@ class Checker {
 // groups' products in any order: converting a dot and multiplying it by its scale, 2u each, and one addition for each
 // of G groups, so (G + 4) u * (sum of magnitudes) with the product by the row's scale, plus another u per part (parts
 // may be summed apart, all entries are positive, so the magnitudes stay). Then offset * sum, bias and the old value: at
-// most four roundings of a sum that is no larger than all magnitudes together. Integers are exact.
+// most four roundings of a sum that is no larger than all magnitudes together, and the reference's own. Integers are
+// exact.
 void compare(const Kernels& set, bool gemv, const Problem& problem, const std::vector<double>& reference,
              const Naive& bounds, std::size_t tokens, std::size_t threads, bool add, bool with_bias, Random& random,
              void* scratch, Checker& checker) {
@@ -289,7 +290,7 @@ void compare(const Kernels& set, bool gemv, const Problem& problem, const std::v
       const double old = add ? before[t * stride + n] : 0;
       const double wanted = reference[i] + (with_bias ? static_cast<double>(problem.bias[n]) : 0) + old;
       double tolerance = u * ((groups + 4 + shape.parts) * bounds.magnitude[i] +
-                              4 * (bounds.magnitude[i] + bounds.rest[i] + std::abs(old)));
+                              5 * (bounds.magnitude[i] + bounds.rest[i] + std::abs(old)));
       if (shape.values == Values::exact) tolerance = 0;
       checker.element(out[t * stride + n], wanted, tolerance, set, gemv ? "gemv" : "gemm", shape, n, t);
     }

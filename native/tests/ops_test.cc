@@ -201,9 +201,8 @@ void check_ulp(const char* name, F f, G exact, double low, double high, double a
 void test_functions() {
   const auto e = [](V x) { return everybit::engine::exp(x); };
   const auto e_exact = [](double x) { return std::exp(x); };
-  check_ulp("exp", e, e_exact, -87.3, 88.7, 2);
+  check_ulp("exp", e, e_exact, -87.3, 88.3, 2);
   check_ulp("exp", e, e_exact, -1, 1, 2);
-  check_ulp("exp, subnormal", e, e_exact, -103.9, -87.3, 2);
   const auto h = [](V x) { return everybit::engine::tanh(x); };
   check_ulp("tanh", h, [](double x) { return std::tanh(x); }, -10, 10, 2);
   check_ulp("tanh", h, [](double x) { return std::tanh(x); }, -0.7, 0.7, 2);
@@ -213,7 +212,7 @@ void test_functions() {
   check_ulp("1 + erf, -3 <= x", f, [](double x) { return std::erfc(-x); }, -3, -1, 4 + 2 * 9);
   check_ulp("1 + erf, -9 <= x", f, [](double x) { return std::erfc(-x); }, -9, -3, 4 + 2 * 81);
   const float inf = std::numeric_limits<float>::infinity();
-  if (e(splat(0))[0] != 1 || e(splat(-inf))[0] != 0 || e(splat(inf))[0] != inf || e(splat(-104))[0] != 0 ||
+  if (e(splat(0))[0] != 1 || e(splat(-inf))[0] != 0 || e(splat(inf))[0] != inf || e(splat(-87.4f))[0] != 0 ||
       e(splat(89))[0] != inf || !std::isnan(e(splat(NAN))[0]) || !std::isnan(h(splat(NAN))[0]) ||
       h(splat(inf))[0] != 1 || h(splat(-inf))[0] != -1 || !std::isnan(f(splat(NAN))[0]) || f(splat(inf))[0] != 2 ||
       f(splat(-inf))[0] != 0)

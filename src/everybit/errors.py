@@ -8,6 +8,7 @@
     ├── PrecisionError     bits that are outside 2..8 or not in the overlay
     ├── ShapeError         arrays whose shapes or dtypes do not fit together
     ├── ContextError       more tokens than the context holds
+    ├── RequestError       a parameter of a request that is out of its range
     └── OutputError        a place that cannot be written (not empty, disk full, belongs to another run)
 
 The command line prints the message on one line and exits with 2.
@@ -46,6 +47,15 @@ class ShapeError(EverybitError):
 
 class ContextError(EverybitError):
     """More tokens than the context holds."""
+
+
+class RequestError(EverybitError):
+    """A parameter of a request that is out of its range; `parameter` names it, `problem` says the rest."""
+
+    def __init__(self, parameter: str, problem: str) -> None:
+        super().__init__(f"{parameter} {problem}")
+        self.parameter = parameter
+        self.problem = problem
 
 
 class OutputError(EverybitError):

@@ -351,8 +351,9 @@ void few_tokens(const Planes& planes, const Tables& tables, const QuantizedRows&
 
 // ---- many tokens: rows are expanded once ---------------------------------------------------------------------------
 
-constexpr std::size_t kTileRows = 4, kTileTokens = 3;  // 12 sums, an operand, a product: 16 registers
-constexpr std::size_t kMostTokens = 48;                // share one expansion
+constexpr std::size_t kTileRows = 4,
+                      kTileTokens = 2;   // more sums would fit, but g++ 12 spills them: 4 x 3 is 12 % slower
+constexpr std::size_t kMostTokens = 48;  // share one expansion
 constexpr std::size_t kInputBytes = kScratchBytes / 2, kRowsBytes = kScratchBytes / 4 + kScratchBytes / 8;
 constexpr std::size_t kPieceUnits = 8;  // 4 rows of 2048 int16 entries: 16 KiB, half of an L1
 static_assert(kTileRows * kMostTokens * 32 <= kScratchBytes / 8);
@@ -441,11 +442,12 @@ void tiles(const std::uint8_t* weights, std::size_t row_stride, Input x, std::si
     const std::size_t count = units - unit < kPieceUnits ? units - unit : kPieceUnits;
     Input at = x;
     for (std::size_t t = 0; t < tokens;) {
-      const std::size_t left = tokens - t, m = left == 4 ? 2 : left < kTileTokens ? left : kTileTokens;
+      const std::size_t m = tokens - t < kTileTokens ? tokens - t : kTileTokens;
       float* to = sums + 8 * t;
-      if (m == 3) tile<kParts, kRows, 3>(weights, row_stride, at, unit, count, to, kMostTokens);
-      if (m == 2) tile<kParts, kRows, 2>(weights, row_stride, at, unit, count, to, kMostTokens);
-      if (m == 1) tile<kParts, kRows, 1>(weights, row_stride, at, unit, count, to, kMostTokens);
+      if (m == 2)
+        tile<kParts, kRows, 2>(weights, row_stride, at, unit, count, to, kMostTokens);
+      else
+        tile<kParts, kRows, 1>(weights, row_stride, at, unit, count, to, kMostTokens);
       t += m;
       at.bytes += m * at.byte_stride;
       at.words += m * at.word_stride;

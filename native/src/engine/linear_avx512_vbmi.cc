@@ -14,6 +14,7 @@ namespace everybit::engine {
 namespace {
 
 using V = __m512i;
+constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
 // GFNI computes bit i of a byte as the parity of (row byte 7-i AND x): rotation matrices are the identity's rows, moved.
 constexpr long long rotation(int left) {
@@ -128,6 +129,13 @@ struct Lookup {
   }
 };
 
+// sum + four-byte dot products of unsigned table bytes with signed activations. In assembler because gcc 12 copies every
+// accumulator of a tile in every step when it meets the intrinsic in a loop.
+inline V dot(V sum, V table_bytes, V activations) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(table_bytes), "v"(activations));
+  return sum;
+}
+
 inline __mmask64 tail_mask(std::size_t bytes) { return bytes >= 64 ? ~0ULL : (1ULL << bytes) - 1; }
 
 inline V activations(const std::int8_t* at) { return _mm512_load_si512(at); }
@@ -149,15 +157,15 @@ struct RowPointers {
 // ---- one token --------------------------------------------------------------------------------------------------
 
 template <int kBits, int kParts>
-inline V dot_block(const Lookup<kBits>& high, const Lookup<kBits>& low, const std::uint8_t* const* at,
+inline V block_product(const Lookup<kBits>& high, const Lookup<kBits>& low, const std::uint8_t* const* at,
                    std::size_t offset, __mmask64 bytes, bool whole, const std::int8_t* x) {
   V index[8];
   block_indices<kBits>(at, offset, bytes, whole, index);
   V sum_high = _mm512_setzero_si512(), sum_low = _mm512_setzero_si512();
   for (int t = 0; t < 8; ++t) {
     const V step = activations(x + 64 * t);
-    sum_high = _mm512_dpbusd_epi32(sum_high, high(index[t]), step);
-    if constexpr (kParts == 2) sum_low = _mm512_dpbusd_epi32(sum_low, low(index[t]), step);
+    sum_high = dot(sum_high, high(index[t]), step);
+    if constexpr (kParts == 2) sum_low = dot(sum_low, low(index[t]), step);
   }
   return kParts == 2 ? _mm512_add_epi32(_mm512_slli_epi32(sum_high, 8), sum_low) : sum_high;
 }
@@ -174,14 +182,14 @@ void gemv(const Planes& planes, const Tables& tables, const QuantizedRows& x, Ra
     __m512 sum = _mm512_setzero_ps();
     std::size_t block = 0;
     for (; block < whole; ++block) {
-      const V dot = dot_block<kBits, kParts>(high, low, pointers.at, block * kBlockBytes, 0, true,
+      const V product = block_product<kBits, kParts>(high, low, pointers.at, block * kBlockBytes, 0, true,
                                              x.codes + block * kBlock);
-      sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_loadu_ps(x.scales + block * kGroups), sum);
+      sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), _mm512_loadu_ps(x.scales + block * kGroups), sum);
     }
     if (tail) {
-      const V dot = dot_block<kBits, kParts>(high, low, pointers.at, block * kBlockBytes, mask, false,
+      const V product = block_product<kBits, kParts>(high, low, pointers.at, block * kBlockBytes, mask, false,
                                              x.codes + block * kBlock);
-      sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_loadu_ps(x.scales + block * kGroups), sum);
+      sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), _mm512_loadu_ps(x.scales + block * kGroups), sum);
     }
     finish(out, 0, row, tables.lines[2 * row] * _mm512_reduce_add_ps(sum) + tables.lines[2 * row + 1] * x.sums[0]);
   }
@@ -189,106 +197,167 @@ void gemv(const Planes& planes, const Tables& tables, const QuantizedRows& x, Ra
 
 // ---- many tokens ------------------------------------------------------------------------------------------------
 
-// Table bytes of one row, all blocks: [blocks][kParts][8 steps][64].
+// Table bytes of one block of one row -> [kParts][8 steps][64]. Fetches the block `ahead` bytes further on.
 template <int kBits, int kParts>
-void expand_row(const Planes& planes, const Tables& tables, std::size_t row, std::uint8_t* to) {
-  constexpr std::size_t kEntries = std::size_t{1} << kBits;
+void expand_block(const Planes& planes, const Tables& tables, std::size_t row, std::size_t block, std::size_t ahead,
+                  std::uint8_t* to) {
   const std::uint8_t* entries = tables.entries + row * tables.stride;
-  const Lookup<kBits> high(entries), low(entries + (kParts - 1) * kEntries);
+  const Lookup<kBits> high(entries), low(entries + (kParts - 1) * (std::size_t{1} << kBits));
   const RowPointers<kBits> pointers(planes, row);
-  for (std::size_t offset = 0; offset < planes.row_bytes; offset += kBlockBytes, to += kParts * kBlock) {
-    const bool is_whole = offset + kBlockBytes <= planes.row_bytes;
-    V index[8];
-    block_indices<kBits>(pointers.at, offset, is_whole ? 0 : tail_mask(planes.row_bytes - offset), is_whole, index);
-    for (int t = 0; t < 8; ++t) {
-      _mm512_store_si512(to + 64 * t, high(index[t]));
-      if constexpr (kParts == 2) _mm512_store_si512(to + kBlock + 64 * t, low(index[t]));
-    }
+  const std::size_t offset = block * kBlockBytes;
+  const bool whole = offset + kBlockBytes <= planes.row_bytes;
+  for (int p = 0; p < kBits; ++p)
+    _mm_prefetch(reinterpret_cast<const char*>(pointers.at[p]) + offset + ahead, _MM_HINT_T0);
+  V index[8];
+  block_indices<kBits>(pointers.at, offset, whole ? 0 : tail_mask(planes.row_bytes - offset), whole, index);
+  for (int t = 0; t < 8; ++t) {
+    _mm512_store_si512(to + 64 * t, high(index[t]));
+    if constexpr (kParts == 2) _mm512_store_si512(to + kBlock + 64 * t, low(index[t]));
   }
 }
 
-// Dot products of kRows expanded rows with kTokens tokens. 4 x 6 integer accumulators, 4 weights and 1 activation vector
-// fill the 32 registers; the float sums lie in L1 and are touched once per block.
+// Adds one block of kRows expanded rows (row_stride apart) times kTokens tokens to the float sums. Up to 24 integer
+// accumulators, kRows weights and 1 activation vector fill the 32 registers; the sums lie in L1.
 template <int kParts, int kRows, int kTokens>
-void tile(const std::uint8_t* weights, std::size_t row_stride, const QuantizedRows& x, std::size_t token,
-          const float* lines, std::size_t row, const Output& out) {
+inline void tile_block(const std::uint8_t* weights, std::size_t row_stride, const QuantizedRows& x, std::size_t token,
+                       std::size_t block, __m512 (&sums)[kRows][kTokens]) {
+  V products[kRows][kTokens];
+  for (auto& line : products)
+    for (auto& product : line) product = _mm512_setzero_si512();
+  const std::size_t token_stride = x.blocks * kBlock;
+#pragma GCC unroll 2
+  for (int part = 0; part < kParts; ++part) {
+    if (part == 1)
+      for (auto& line : products)
+        for (auto& product : line) product = _mm512_slli_epi32(product, 8);
+    const std::uint8_t* w = weights + static_cast<std::size_t>(part) * kBlock;
+    const std::int8_t* a = x.codes + token * token_stride + block * kBlock;
+#pragma GCC unroll 1
+    for (int t = 0; t < 8; ++t, w += 64, a += 64) {
+      V row_bytes[kRows];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) row_bytes[r] = _mm512_load_si512(w + r * row_stride);
+#pragma GCC unroll 8
+      for (int m = 0; m < kTokens; ++m) {
+        const V step = activations(a + m * token_stride);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) products[r][m] = dot(products[r][m], row_bytes[r], step);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kTokens; ++m) {
+    const __m512 scale = _mm512_loadu_ps(x.scales + ((token + m) * x.blocks + block) * kGroups);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+      sums[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[r][m]), scale, sums[r][m]);
+  }
+}
+
+using ExpandBlock = void (*)(const Planes&, const Tables&, std::size_t row, std::size_t block, std::size_t ahead,
+                             std::uint8_t* to);
+
+// Where the rows of a tile come from: expanded as a whole beforehand (many tokens), or block by block into a corner of
+// L1, just before they are used (few tokens: each block is used once, and expanding overlaps with multiplying).
+struct Expanded {
+  const std::uint8_t* weights;
+  std::size_t row_stride, block_stride;
+};
+struct OnTheFly {
+  ExpandBlock expand;
+  const Planes& planes;
+  const Tables& tables;
+  std::uint8_t* corner;
+};
+
+template <int kParts, int kRows, int kTokens, class Source>
+void tile(const Source& source, std::size_t row, const Tables& tables, const QuantizedRows& x, std::size_t token,
+          const Output& out) {
   __m512 sums[kRows][kTokens];
   for (auto& line : sums)
     for (auto& sum : line) sum = _mm512_setzero_ps();
-  const std::size_t token_stride = x.blocks * kBlock;
-  const std::int8_t* codes = x.codes + token * token_stride;
   for (std::size_t block = 0; block < x.blocks; ++block) {
-    V dots[kRows][kTokens];
-    for (auto& line : dots)
-      for (auto& dot : line) dot = _mm512_setzero_si512();
-#pragma GCC unroll 2
-    for (int part = 0; part < kParts; ++part) {
-      if (part == 1)
-        for (auto& line : dots)
-          for (auto& dot : line) dot = _mm512_slli_epi32(dot, 8);
-      const std::uint8_t* w = weights + (block * kParts + part) * kBlock;
-      const std::int8_t* a = codes + block * kBlock;
-#pragma GCC unroll 1
-      for (int t = 0; t < 8; ++t, w += 64, a += 64) {
-        V row_bytes[kRows];
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) row_bytes[r] = _mm512_load_si512(w + r * row_stride);
-#pragma GCC unroll 8
-        for (int m = 0; m < kTokens; ++m) {
-          const V step = activations(a + m * token_stride);
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) dots[r][m] = _mm512_dpbusd_epi32(dots[r][m], row_bytes[r], step);
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < kTokens; ++m) {
-      const __m512 scale = _mm512_loadu_ps(x.scales + ((token + m) * x.blocks + block) * kGroups);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sums[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r][m]), scale, sums[r][m]);
+    if constexpr (requires { source.expand; }) {
+      // The rows of a tile are visited in turns of 64 bytes, which no prefetcher follows: fetch the next tile's.
+      for (int r = 0; r < kRows; ++r)
+        source.expand(source.planes, source.tables, row + static_cast<std::size_t>(r), block,
+                      kRows * source.planes.row_bytes, source.corner + r * kParts * kBlock);
+      tile_block<kParts, kRows, kTokens>(source.corner, kParts * kBlock, x, token, block, sums);
+    } else {
+      tile_block<kParts, kRows, kTokens>(source.weights + block * source.block_stride, source.row_stride, x, token,
+                                         block, sums);
     }
   }
   for (int m = 0; m < kTokens; ++m)
-    for (int r = 0; r < kRows; ++r)
-      finish(out, token + m, row + r,
-             lines[2 * (row + r)] * _mm512_reduce_add_ps(sums[r][m]) + lines[2 * (row + r) + 1] * x.sums[token + m]);
+    for (int r = 0; r < kRows; ++r) {
+      const std::size_t n = row + static_cast<std::size_t>(r), t = token + static_cast<std::size_t>(m);
+      finish(out, t, n, tables.lines[2 * n] * _mm512_reduce_add_ps(sums[r][m]) + tables.lines[2 * n + 1] * x.sums[t]);
+    }
 }
 
-template <int kParts, int kRows>
-void tokens_tiles(const std::uint8_t* weights, std::size_t row_stride, const QuantizedRows& x, std::size_t token,
-                  std::size_t tokens, const float* lines, std::size_t row, const Output& out) {
-  switch (tokens) {
-    case 6: return tile<kParts, kRows, 6>(weights, row_stride, x, token, lines, row, out);
-    case 5: return tile<kParts, kRows, 5>(weights, row_stride, x, token, lines, row, out);
-    case 4: return tile<kParts, kRows, 4>(weights, row_stride, x, token, lines, row, out);
-    case 3: return tile<kParts, kRows, 3>(weights, row_stride, x, token, lines, row, out);
-    case 2: return tile<kParts, kRows, 2>(weights, row_stride, x, token, lines, row, out);
-    default: return tile<kParts, kRows, 1>(weights, row_stride, x, token, lines, row, out);
+// Rows of a tile for m tokens: 18 to 24 accumulators.
+constexpr std::size_t tile_rows(std::size_t m) { return m <= 4 ? 6 : (m <= 6 ? 4 : 3); }
+constexpr std::size_t kTileTokens = 8;  // of a tile that is expanded on the fly
+constexpr std::size_t kManyTokens = 6;  // of one whose rows are expanded: 4 rows and 6 tokens of K = 4096 share L1
+
+// All tiles of rows [row, row + count) with kTokens tokens.
+template <int kParts, int kTokens, class Source>
+void tile_column(Source source, std::size_t row, std::size_t count, const Tables& tables, const QuantizedRows& x,
+                 std::size_t token, const Output& out) {
+  constexpr std::size_t kRows = tile_rows(kTokens);
+  std::size_t r = 0;
+  for (; r + kRows <= count; r += kRows) {
+    tile<kParts, kRows, kTokens>(source, row + r, tables, x, token, out);
+    if constexpr (!requires { source.expand; }) source.weights += kRows * source.row_stride;
+  }
+  for (; r < count; ++r) {
+    tile<kParts, 1, kTokens>(source, row + r, tables, x, token, out);
+    if constexpr (!requires { source.expand; }) source.weights += source.row_stride;
   }
 }
 
-constexpr std::size_t kTileRows = 4, kTileTokens = 6;
+template <int kParts, class Source>
+void tile_columns(const Source& source, std::size_t row, std::size_t count, const Tables& tables,
+                  const QuantizedRows& x, std::size_t token, std::size_t tokens, const Output& out) {
+  switch (tokens) {
+    case 8: return tile_column<kParts, 8>(source, row, count, tables, x, token, out);
+    case 7: return tile_column<kParts, 7>(source, row, count, tables, x, token, out);
+    case 6: return tile_column<kParts, 6>(source, row, count, tables, x, token, out);
+    case 5: return tile_column<kParts, 5>(source, row, count, tables, x, token, out);
+    case 4: return tile_column<kParts, 4>(source, row, count, tables, x, token, out);
+    case 3: return tile_column<kParts, 3>(source, row, count, tables, x, token, out);
+    case 2: return tile_column<kParts, 2>(source, row, count, tables, x, token, out);
+    default: return tile_column<kParts, 1>(source, row, count, tables, x, token, out);
+  }
+}
 
-template <int kBits, int kParts>
-void gemm(const Planes& planes, const Tables& tables, const QuantizedRows& x, Range rows, const Output& out,
-          void* scratch) {
-  const std::size_t row_stride = x.blocks * kParts * kBlock;
+template <int kParts>
+void gemm(ExpandBlock expand, const Planes& planes, const Tables& tables, const QuantizedRows& x, Range rows,
+          const Output& out, void* scratch) {
   std::uint8_t* expanded = static_cast<std::uint8_t*>(scratch);
-  // Rows expanded at once: about 32 KiB of them stay in L1 while the tokens pass by; at least one tile.
-  std::size_t group = (std::size_t{32} << 10) / row_stride / kTileRows * kTileRows;
-  if (group < kTileRows) group = kTileRows;
+  const std::size_t row_stride = x.blocks * kParts * kBlock;
+  if (x.tokens <= kTileTokens || row_stride > kScratchBytes) {
+    for (std::size_t token = 0; token < x.tokens; token += kTileTokens) {
+      const std::size_t m = x.tokens - token < kTileTokens ? x.tokens - token : kTileTokens;
+      tile_columns<kParts>(OnTheFly{expand, planes, tables, expanded}, rows.begin, rows.end - rows.begin, tables, x,
+                           token, m, out);
+    }
+    return;
+  }
+  // Rows expanded at once: some 32 KiB, whole tiles, which stay in L1 while the tokens pass by.
+  const std::size_t tile = tile_rows(kManyTokens);
+  std::size_t group = (std::size_t{32} << 10) / row_stride / tile * tile;
+  if (group < tile) group = row_stride * tile <= kScratchBytes ? tile : 1;
   for (std::size_t first = rows.begin; first < rows.end; first += group) {
     const std::size_t count = rows.end - first < group ? rows.end - first : group;
-    for (std::size_t r = 0; r < count; ++r) expand_row<kBits, kParts>(planes, tables, first + r, expanded + r * row_stride);
+    for (std::size_t r = 0; r < count; ++r)
+      for (std::size_t block = 0; block < x.blocks; ++block)
+        expand(planes, tables, first + r, block, 0, expanded + r * row_stride + block * kParts * kBlock);
     for (std::size_t token = 0; token < x.tokens;) {
       std::size_t m = x.tokens - token;
-      // 7 tokens as 4 + 3, 8 as 4 + 4: two even tiles beat a full one and a sliver.
-      if (m > kTileTokens) m = m < 2 * kTileTokens ? (m + 1) / 2 : kTileTokens;
-      std::size_t r = 0;
-      for (; r + kTileRows <= count; r += kTileRows)
-        tokens_tiles<kParts, 4>(expanded + r * row_stride, row_stride, x, token, m, tables.lines, first + r, out);
-      for (; r < count; ++r)
-        tokens_tiles<kParts, 1>(expanded + r * row_stride, row_stride, x, token, m, tables.lines, first + r, out);
+      // 8 tokens as 4 + 4: two even tiles beat a full one and a sliver.
+      if (m > kManyTokens) m = m < 2 * kManyTokens ? (m + 1) / 2 : kManyTokens;
+      tile_columns<kParts>(Expanded{expanded, row_stride, kParts * kBlock}, first, count, tables, x, token, m, out);
       token += m;
     }
   }
@@ -337,6 +406,27 @@ void quantize(const float* x, std::size_t columns, std::int8_t* codes, float* sc
   *sum = static_cast<float>(total);
 }
 
+// ---- tables of cells ------------------------------------------------------------------------------------------------
+
+void make_table(const Cells& cells, int bits, std::uint8_t* entries) {
+  const std::size_t count = std::size_t{1} << bits;
+  const __m512 centre = _mm512_loadu_ps(cells.centre), offset = _mm512_set1_ps(cells.offset);
+  const __m512 ladder = _mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(cells.ladder))));
+  const __m512 inverse = _mm512_set1_ps(cells.scale > 0 ? 1.0f / cells.scale : 0.0f);
+  const __m512 least = _mm512_setzero_ps(), most = _mm512_set1_ps(65535.0f), step = _mm512_set1_ps(cells.step);
+  for (std::size_t i = 0; i < count; i += 16) {
+    const __m512 factor =
+        _mm512_mul_ps(ladder, _mm512_set1_ps(static_cast<float>(cell_grid(static_cast<unsigned>(i >> 4), bits))));
+    // Rounded after the product, as the container says: a fused one would differ from the kept tables.
+    const __m512 value = _mm512_add_ps(centre, _mm512_mul_round_ps(step, factor, kNearest));
+    const __m512 steps = _mm512_max_ps(_mm512_min_ps(_mm512_mul_ps(_mm512_sub_ps(value, offset), inverse), most), least);
+    const V entry = _mm512_cvtps_epi32(steps);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(entries + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(entry, 8)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(entries + count + i), _mm512_cvtepi32_epi8(entry));
+  }
+}
+
 template <int kBits>
 void gemv_any(const Planes& planes, const Tables& tables, const QuantizedRows& x, Range rows, const Output& out,
               void* scratch) {
@@ -347,8 +437,8 @@ void gemv_any(const Planes& planes, const Tables& tables, const QuantizedRows& x
 template <int kBits>
 void gemm_any(const Planes& planes, const Tables& tables, const QuantizedRows& x, Range rows, const Output& out,
               void* scratch) {
-  tables.parts == 2 ? gemm<kBits, 2>(planes, tables, x, rows, out, scratch)
-                    : gemm<kBits, 1>(planes, tables, x, rows, out, scratch);
+  tables.parts == 2 ? gemm<2>(expand_block<kBits, 2>, planes, tables, x, rows, out, scratch)
+                    : gemm<1>(expand_block<kBits, 1>, planes, tables, x, rows, out, scratch);
 }
 
 }  // namespace
@@ -360,7 +450,8 @@ const Kernels& avx512_vbmi_kernels() {
       quantize,
       {nullptr, gemv_any<1>, gemv_any<2>, gemv_any<3>, gemv_any<4>, gemv_any<5>, gemv_any<6>, gemv_any<7>, gemv_any<8>},
       {nullptr, gemm_any<1>, gemm_any<2>, gemm_any<3>, gemm_any<4>, gemm_any<5>, gemm_any<6>, gemm_any<7>,
-       gemm_any<8>}};
+       gemm_any<8>},
+      make_table};
   return kKernels;
 }
 

@@ -22,6 +22,7 @@ constexpr std::size_t kChunkVectors = kChunk / kLanes;
 constexpr std::size_t kBlockVectors = kBlockTokens / kLanes;
 constexpr std::size_t kTile = 64;                           // queries: widening costs a tenth of their work
 constexpr std::size_t kQueries = kRegisters == 32 ? 8 : 4;  // times two vectors of sums
+constexpr std::size_t kWide = kLanes > kQueries ? kLanes : kQueries;
 constexpr float kNothing = -__builtin_inff();
 
 EVERYBIT_INLINE std::size_t kv_unit_bytes(const KvLayer& cache) {
@@ -103,7 +104,7 @@ EVERYBIT_INLINE Tile lay_out(void* scratch, std::size_t dim) {
 }
 
 // scores[i][key] = q_i . k_key for kN queries and `vectors` vectors of keys, kV at a time. keys[v] points at the first
-// dimension of vector v; the next dimension is 16 numbers on.
+// dimension of vector v; the next dimension is 16 numbers on. keys[vectors .. vectors+kV-1] are only prefetched.
 template <Dtype kDtype, std::size_t kN, std::size_t kV>
 void score(const float* queries, const Bytes* keys, std::size_t dim, std::size_t vectors, float* scores) {
   constexpr std::size_t kStep = kBlockTokens * size_of(kDtype);
@@ -114,7 +115,11 @@ void score(const float* queries, const Bytes* keys, std::size_t dim, std::size_t
     }
     for (std::size_t d = 0; d < dim; ++d) {
       V key[kV];
-      EVERYBIT_UNROLL for (std::size_t v = 0; v < kV; ++v) key[v] = load_as<kDtype>(keys[v0 + v] + d * kStep);
+      EVERYBIT_UNROLL for (std::size_t v = 0; v < kV; ++v) {
+        key[v] = load_as<kDtype>(keys[v0 + v] + d * kStep);
+        // Blocks are pages apart, so the hardware does not see the next one coming. (f32 is scratch, mostly.)
+        if constexpr (kDtype != Dtype::f32) __builtin_prefetch(keys[v0 + kV + v] + d * kStep);
+      }
       EVERYBIT_UNROLL for (std::size_t i = 0; i < kN; ++i) {
         const V q = splat(queries[d * kQueries + i]);
         EVERYBIT_UNROLL for (std::size_t v = 0; v < kV; ++v) sums[i][v] = fma(q, key[v], sums[i][v]);
@@ -126,23 +131,28 @@ void score(const float* queries, const Bytes* keys, std::size_t dim, std::size_t
   }
 }
 
-// sums[i] += sum over tokens begin .. end-1 of the chunk of p_i * v, for kV vectors of dimensions from d0 on.
-// A token's values are `stride` bytes after the last one's within a block; blocks[b] is where block b's begin.
+// sums[i] = factors[i] * sums[i] + sum over tokens begin .. end-1 of the chunk of p_i * v, for kV vectors of dimensions
+// from d0 on. A token's values are `stride` bytes after the last one's within a block; blocks[b] is where block b's
+// begin.
 template <Dtype kDtype, std::size_t kN, std::size_t kV>
-EVERYBIT_INLINE void weigh_columns(const float* probabilities, const Bytes* blocks, std::size_t stride,
-                                   std::size_t begin, std::size_t end, std::size_t d0, float* sums,
+EVERYBIT_INLINE void weigh_columns(const float* probabilities, const float* factors, const Bytes* blocks,
+                                   std::size_t stride, std::size_t begin, std::size_t end, std::size_t d0, float* sums,
                                    std::size_t padded) {
   V sum[kN][kV];
   EVERYBIT_UNROLL for (std::size_t i = 0; i < kN; ++i) {
-    EVERYBIT_UNROLL for (std::size_t v = 0; v < kV; ++v) sum[i][v] = load(sums + i * padded + d0 + v * kLanes);
+    const V factor = splat(factors[i]);
+    EVERYBIT_UNROLL for (std::size_t v = 0; v < kV; ++v) {
+      sum[i][v] = load(sums + i * padded + d0 + v * kLanes) * factor;
+    }
   }
   for (std::size_t t = begin; t < end;) {
     const std::size_t stop = least(end, (t / kBlockTokens + 1) * kBlockTokens);
     Bytes row = blocks[t / kBlockTokens] + t % kBlockTokens * stride + d0 * size_of(kDtype);
     for (; t < stop; ++t, row += stride) {
       V value[kV];
-      EVERYBIT_UNROLL for (std::size_t v = 0; v < kV; ++v) value[v] =
-          load_as<kDtype>(row + v * kLanes * size_of(kDtype));
+      EVERYBIT_UNROLL for (std::size_t v = 0; v < kV; ++v) {
+        value[v] = load_as<kDtype>(row + v * kLanes * size_of(kDtype));
+      }
       EVERYBIT_UNROLL for (std::size_t i = 0; i < kN; ++i) {
         const V p = splat(probabilities[i * kChunk + t]);
         EVERYBIT_UNROLL for (std::size_t v = 0; v < kV; ++v) sum[i][v] = fma(p, value[v], sum[i][v]);
@@ -155,46 +165,60 @@ EVERYBIT_INLINE void weigh_columns(const float* probabilities, const Bytes* bloc
 }
 
 template <Dtype kDtype, std::size_t kN, std::size_t kV>
-void weigh(const float* probabilities, const Bytes* blocks, std::size_t stride, std::size_t begin, std::size_t end,
-           float* sums, std::size_t padded) {
+void weigh(const float* probabilities, const float* factors, const Bytes* blocks, std::size_t stride, std::size_t begin,
+           std::size_t end, float* sums, std::size_t padded) {
   std::size_t d = 0;
   for (; d + kV * kLanes <= padded; d += kV * kLanes)
-    weigh_columns<kDtype, kN, kV>(probabilities, blocks, stride, begin, end, d, sums, padded);
+    weigh_columns<kDtype, kN, kV>(probabilities, factors, blocks, stride, begin, end, d, sums, padded);
   for (; d < padded; d += kLanes)
-    weigh_columns<kDtype, kN, 1>(probabilities, blocks, stride, begin, end, d, sums, padded);
+    weigh_columns<kDtype, kN, 1>(probabilities, factors, blocks, stride, begin, end, d, sums, padded);
 }
 
-// Scores of one query in place -> probabilities relative to its running maximum; the state follows.
-EVERYBIT_INLINE void soften(const Tile& tile, std::size_t query, float* scores, std::size_t vectors, std::int32_t first,
-                            float softcap, std::size_t padded) {
+// Scores of one query in place, capped and masked -> its running maximum.
+EVERYBIT_INLINE float find_maximum(const Tile& tile, std::size_t query, float* scores, std::size_t vectors,
+                                   std::int32_t first, float softcap) {
   const std::int32_t begin = tile.begin[query], end = tile.end[query];
   if (softcap != 0)
     for (std::size_t v = 0; v < vectors; ++v)
       store(scores + v * kLanes, splat(softcap) * tanh(load(scores + v * kLanes) / softcap));
+  V largest = splat(kNothing);
   if (begin > first || end < first + static_cast<std::int32_t>(vectors * kLanes)) {
     for (std::size_t v = 0; v < vectors; ++v) {
       const I key = lane_numbers() + (first + static_cast<std::int32_t>(v * kLanes));
-      store(scores + v * kLanes, (key >= begin) & (key < end) ? load(scores + v * kLanes) : splat(kNothing));
+      const V seen = (key >= begin) & (key < end) ? load(scores + v * kLanes) : splat(kNothing);
+      store(scores + v * kLanes, seen);
+      largest = larger(seen, largest);
     }
+  } else {
+    for (std::size_t v = 0; v < vectors; ++v) largest = larger(load(scores + v * kLanes), largest);
   }
-  V largest = splat(kNothing);
-  for (std::size_t v = 0; v < vectors; ++v) largest = larger(load(scores + v * kLanes), largest);
-  const float before = tile.maxima[query], here = largest_of(largest), now = here > before ? here : before;
-  const V base = splat(now == kNothing ? 0.0f : now);  // nothing seen yet: all exponentials are zero, not NaN
-  V total = load(tile.totals + query * kLanes);
-  if (now != before) {
-    const V factor = exp(splat(before) - base);
-    float* sums = tile.sums + query * padded;
-    for (std::size_t d = 0; d < padded; d += kLanes) store(sums + d, load(sums + d) * factor);
-    total *= factor;
-    tile.maxima[query] = now;
+  const float here = largest_of(largest), before = tile.maxima[query];
+  return here > before ? here : before;
+}
+
+// Scores of queries group .. group+n-1 in place -> probabilities relative to their running maxima. factors[i] is what
+// the values so far must be multiplied by.
+EVERYBIT_INLINE void soften(const Tile& tile, std::size_t group, std::size_t n, float* scores, std::size_t vectors,
+                            std::int32_t first, float softcap, float* factors) {
+  alignas(64) float bases[kWide] = {};
+  for (std::size_t i = 0; i < n; ++i) {
+    const float now = find_maximum(tile, group + i, scores + i * kChunk, vectors, first, softcap);
+    factors[i] = tile.maxima[group + i], tile.maxima[group + i] = now;
+    bases[i] = now == kNothing ? 0.0f : now;  // nothing seen yet: all exponentials are zero, not NaN
   }
-  for (std::size_t v = 0; v < vectors; ++v) {
-    const V p = exp(load(scores + v * kLanes) - base);
-    store(scores + v * kLanes, p);
-    total += p;
+  for (std::size_t i = 0; i < kWide; i += kLanes) store(factors + i, exp(load(factors + i) - load(bases + i)));
+  for (std::size_t i = 0; i < n; ++i) {
+    float* p = scores + i * kChunk;
+    float* totals = tile.totals + (group + i) * kLanes;
+    const V base = splat(bases[i]);
+    V total = load(totals) * splat(factors[i]);
+    for (std::size_t v = 0; v < vectors; ++v) {
+      const V e = exp(load(p + v * kLanes) - base);
+      store(p + v * kLanes, e);
+      total += e;
+    }
+    store(totals, total);
   }
-  store(tile.totals + query * kLanes, total);
 }
 
 // One chunk for queries group .. group+n-1 (n <= kN; the state of the others is never read).
@@ -206,15 +230,16 @@ EVERYBIT_INLINE void visit(const Tile& tile, std::size_t group, std::size_t n, c
     begin = tile.begin[group + i] < begin ? tile.begin[group + i] : begin;
     end = tile.end[group + i] > end ? tile.end[group + i] : end;
   }
-  begin = begin > first ? begin - first : 0,
-  end = end < first + static_cast<std::int32_t>(kChunk) ? end - first : kChunk;
+  const auto last = first + static_cast<std::int32_t>(kChunk);
+  begin = begin > first ? begin - first : 0, end = end < last ? end - first : last - first;
   if (begin >= end) return;
   constexpr std::size_t kV = kN <= 2 ? 4 : 2;
   const std::size_t vectors = round_up(static_cast<std::size_t>(end), kV * kLanes) / kLanes;
   float* scores = tile.probabilities;
+  alignas(64) float factors[kWide] = {};
   score<kDtype, kN, kV>(tile.queries + group * dim, keys, dim, vectors, scores);
-  for (std::size_t i = 0; i < n; ++i) soften(tile, group + i, scores + i * kChunk, vectors, first, softcap, padded);
-  weigh<kDtype, kN, kV>(scores, values, stride, static_cast<std::size_t>(begin), static_cast<std::size_t>(end),
+  soften(tile, group, n, scores, vectors, first, softcap, factors);
+  weigh<kDtype, kN, kV>(scores, factors, values, stride, static_cast<std::size_t>(begin), static_cast<std::size_t>(end),
                         tile.sums + group * padded, padded);
 }
 
@@ -268,6 +293,11 @@ void attend(const AttentionArguments& a, const Sequences& sequences, const Job& 
     store(tile.totals + i * kLanes, total);
     for (std::size_t d = 0; d < padded; d += kLanes) store(tile.sums + i * padded + d, V{});
     const float* q = a.q.data + (job.row + row) * a.q.stride + head * dim;
+    if (i + 2 < queries) {  // rows are far apart: no hardware prefetcher follows
+      const std::size_t ahead = i + 2;
+      const float* next = a.q.data + (job.row + ahead / job.heads) * a.q.stride + (job.head + ahead % job.heads) * dim;
+      for (std::size_t d = 0; d < dim; d += 16) __builtin_prefetch(next + d);
+    }
     float* to = tile.queries + i / kQueries * kQueries * dim + i % kQueries;
     for (std::size_t d = 0; d < dim; ++d) to[d * kQueries] = q[d] * a.scale;
   }
@@ -277,14 +307,13 @@ void attend(const AttentionArguments& a, const Sequences& sequences, const Job& 
     for (std::size_t d = 0; d < dim; ++d) to[d * kQueries] = 0;
     for (std::size_t d = 0; d < padded; d += kLanes) store(tile.sums + i * padded + d, V{});
   }
-  for (std::size_t i = 0; i < kQueries * kChunk; i += kLanes) store(tile.probabilities + i, V{});
 
   const std::size_t unit = kv_unit_bytes(cache), size = size_of(cache.dtype);
   const std::int32_t* blocks = sequences.blocks + job.sequence * sequences.most;
   const bool widen = padded != dim || (cache.dtype != Dtype::f32 && queries > 2 * kQueries);
   for (std::size_t first = begin / kChunk * kChunk; first < end; first += kChunk) {
-    Bytes keys[kChunkVectors], values[kChunkBlocks];
-    for (std::size_t b = 0; b < kChunkBlocks; ++b) {
+    Bytes keys[kChunkVectors + 4 * kBlockVectors], values[kChunkBlocks + 4];
+    for (std::size_t b = 0; b < kChunkBlocks + 4; ++b) {
       // Beyond the sequence: its last block again, whose scores are masked. Before the window: a block that may have
       // been given back, so the window's first.
       std::size_t at = first / kBlockTokens + b;
@@ -296,7 +325,7 @@ void attend(const AttentionArguments& a, const Sequences& sequences, const Job& 
       if (widen) {
         float* wide_keys = tile.keys + b * dim * kBlockTokens;
         float* wide_values = tile.values + b * padded * kBlockTokens;
-        if (first + b * kBlockTokens < end)
+        if (b < kChunkBlocks && first + b * kBlockTokens < end)
           dispatch(cache.dtype,
                    [=](auto as) { widen_block<decltype(as)::dtype>(key, value, dim, padded, wide_keys, wide_values); });
         key = reinterpret_cast<Bytes>(wide_keys), value = reinterpret_cast<Bytes>(wide_values), key_size = 4;

@@ -93,7 +93,7 @@ void widen_rows(const Matrix& w, std::size_t n, std::size_t count, std::size_t k
 template <std::size_t kT>
 EVERYBIT_INLINE void multiply_add(const V (&x)[kT], const float* tile, V (&sums)[kT][kMicro]) {
   EVERYBIT_UNROLL for (std::size_t j = 0; j < kMicro; ++j) {
-    const V weight = load(tile + j * kDepth);
+    const V weight = held(load(tile + j * kDepth));
     EVERYBIT_UNROLL for (std::size_t t = 0; t < kT; ++t) sums[t][j] = fma(x[t], weight, sums[t][j]);
   }
 }

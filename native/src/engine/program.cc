@@ -31,7 +31,7 @@ Program::Program(const ProgramOptions& options, std::size_t layers, std::size_t 
     if (memory == MAP_FAILED) throw std::bad_alloc();
     kv_ = static_cast<std::uint8_t*>(memory);
   }
-  scratch_stride_ = (std::max(kScratchBytes, attention_scratch_bytes(head_dim)) + 4095) / 4096 * 4096;
+  scratch_stride_ = (std::max(kScratchBytes + PreparedTables::kRoomBytes, attention_scratch_bytes(head_dim)) + 4095) / 4096 * 4096;
   scratch_.resize(scratch_stride_ * pool_.size() + 4096);
   scratch_offset_ = (4096 - reinterpret_cast<std::uintptr_t>(scratch_.data()) % 4096) % 4096;
   positions_.resize(most_tokens_);

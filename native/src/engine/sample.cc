@@ -7,11 +7,15 @@
 #include <cmath>
 #include <limits>
 
+#include "everybit/clones.h"
+
 namespace everybit::engine {
 namespace {
 
 constexpr std::size_t kLanes = 16;
-constexpr std::size_t kRun = 1024;  // tokens whose weights are summed in single precision before doubles take over
+constexpr std::size_t kRun = 1024;   // tokens whose weights are summed in single precision before doubles take over
+constexpr std::size_t kBlock = 64;   // tokens that are passed over at once when none of them matters
+constexpr std::size_t kEdge = 4096;  // tokens around the end of top_p that are worth sorting
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Candidate {
@@ -24,61 +28,138 @@ bool before(const Candidate& a, const Candidate& b) {
   return a.value > b.value || (a.value == b.value && a.token < b.token);
 }
 
+float below(float x) { return std::nextafter(x, -kInfinity); }
+
+// Sixteen numbers, which the compiler lowers to what a clone's instruction set has; every clone computes the same.
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef std::int32_t Integers __attribute__((vector_size(4 * kLanes)));
+typedef float AnyFloats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+// x -> e^x for x <= 0, within 3 ulp; 0 below -87 (a weight of 1e-38 of the largest is never drawn).
+inline __attribute__((always_inline)) void decay(Floats& x) {
+  const Floats zero = {}, bounded = x < -87.0f ? zero - 87.0f : x;
+  const Floats whole = (bounded * 1.44269504f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23 rounds to a whole number
+  const Floats r = (bounded - whole * 0.693145752f) - whole * 1.42860677e-6f;
+  const Floats q =
+      4.9999994e-1f + r * (1.66665196e-1f + r * (4.16683927e-2f + r * (8.3687808e-3f + r * 1.3814465e-3f)));
+  const Integers scale = (__builtin_convertvector(whole, Integers) + 127) << 23;
+  x = x < -87.0f ? zero : (1.0f + (r + r * r * q)) * reinterpret_cast<Floats>(scale);
+}
+
+float decay(float x) {
+  Floats all = {x};
+  decay(all);
+  return all[0];
+}
+
+}  // namespace
+
+// The passes over all logits. n is a multiple of kLanes in each.
+
+// best[j] = the largest of logits j, j + kLanes, ...; returns whether all are below infinity (and not NaN).
+EVERYBIT_CLONES
+bool find_largest(const float* logits, std::size_t n, float* best) {
+  Floats most = *reinterpret_cast<const AnyFloats*>(best);
+  Integers good = {};
+  good = ~good;
+  for (std::size_t i = 0; i < n; i += kLanes) {
+    const Floats x = *reinterpret_cast<const AnyFloats*>(logits + i);
+    good &= x < kInfinity;
+    most = x > most ? x : most;
+  }
+  *reinterpret_cast<AnyFloats*>(best) = most;
+  std::int32_t all = -1;
+  for (std::size_t j = 0; j < kLanes; ++j) all &= good[j];
+  return all != 0;
+}
+
+// weights[i] = e^((logits[i] - top) * sharpness); they may be the same array. sums[j] += weights j, j + kLanes, ...
+EVERYBIT_CLONES
+void find_weights(const float* logits, std::size_t n, float top, float sharpness, float* weights, float* sums) {
+  Floats sum = *reinterpret_cast<const AnyFloats*>(sums);
+  for (std::size_t i = 0; i < n; i += kLanes) {
+    Floats x = (*reinterpret_cast<const AnyFloats*>(logits + i) - top) * sharpness;
+    decay(x);
+    *reinterpret_cast<AnyFloats*>(weights + i) = x;
+    sum += x;
+  }
+  *reinterpret_cast<AnyFloats*>(sums) = sum;
+}
+
+// sums[j] += values j, j + kLanes, ... that are above `threshold`; returns how many are.
+EVERYBIT_CLONES
+std::size_t sum_above(const float* values, std::size_t n, float threshold, float* sums) {
+  Floats sum = *reinterpret_cast<const AnyFloats*>(sums);
+  const Floats zero = {};
+  Integers counts = {};
+  for (std::size_t i = 0; i < n; i += kLanes) {
+    const Floats x = *reinterpret_cast<const AnyFloats*>(values + i);
+    sum += x > threshold ? x : zero;
+    counts -= x > threshold;
+  }
+  *reinterpret_cast<AnyFloats*>(sums) = sum;
+  std::size_t count = 0;
+  for (std::size_t j = 0; j < kLanes; ++j) count += static_cast<std::size_t>(counts[j]);
+  return count;
+}
+
+// The first of `blocks` blocks of kBlock values, from block `from` on, that has one above `threshold`; or `blocks`.
+EVERYBIT_CLONES
+std::size_t next_block(const float* values, std::size_t blocks, std::size_t from, float threshold) {
+  for (; from < blocks; ++from) {
+    Integers above = {};
+    for (std::size_t j = 0; j < kBlock; j += kLanes)
+      above |= *reinterpret_cast<const AnyFloats*>(values + from * kBlock + j) > threshold;
+    std::int64_t words[kLanes / 2], any = 0;
+    __builtin_memcpy(words, &above, sizeof words);
+    for (std::int64_t word : words) any |= word;
+    if (any != 0) break;
+  }
+  return from;
+}
+
+namespace {
+
 // The largest of n logits; NaN if one of them is NaN or +infinity.
 float largest(const float* logits, std::size_t n) {
   float best[kLanes];
-  std::uint32_t bad[kLanes] = {};
   std::fill(best, best + kLanes, -kInfinity);
-  std::size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (std::size_t j = 0; j < kLanes; ++j) {
-      const float x = logits[i + j];
-      bad[j] |= x < kInfinity ? 0u : 1u;
-      best[j] = x > best[j] ? x : best[j];
-    }
-  }
-  for (; i < n; ++i) {
-    bad[0] |= logits[i] < kInfinity ? 0u : 1u;
-    best[0] = logits[i] > best[0] ? logits[i] : best[0];
-  }
-  for (std::size_t j = 1; j < kLanes; ++j) {
-    bad[0] |= bad[j];
-    best[0] = best[j] > best[0] ? best[j] : best[0];
-  }
-  return bad[0] != 0 ? std::numeric_limits<float>::quiet_NaN() : best[0];
+  const std::size_t whole = n / kLanes * kLanes;
+  bool good = find_largest(logits, whole, best);
+  for (std::size_t i = whole; i < n; ++i) good = good && logits[i] < kInfinity, best[0] = std::max(best[0], logits[i]);
+  return good ? *std::max_element(best, best + kLanes) : std::numeric_limits<float>::quiet_NaN();
+}
+
+// Calls f(token, value) for the values above `threshold`, in order; f may raise the threshold.
+template <typename F>
+void for_each_above(const float* values, std::size_t n, float& threshold, F&& f) {
+  const std::size_t blocks = n / kBlock;
+  const auto look = [&](std::size_t begin, std::size_t end) {
+    for (std::size_t i = begin; i < end; ++i)
+      if (values[i] > threshold) f(static_cast<std::int32_t>(i), values[i]);
+  };
+  for (std::size_t b = 0; (b = next_block(values, blocks, b, threshold)) < blocks; ++b)
+    look(b * kBlock, (b + 1) * kBlock);
+  look(blocks * kBlock, n);
 }
 
 std::int32_t first_equal(const float* logits, std::size_t n, float value) {
-  return static_cast<std::int32_t>(std::find(logits, logits + n, value) - logits);
+  const float threshold = below(value);
+  std::size_t i = next_block(logits, n / kBlock, 0, threshold) * kBlock;
+  while (logits[i] != value) ++i;
+  return static_cast<std::int32_t>(i);
 }
 
-// e^x for x <= 0, within 3 ulp; 0 below -87 (a weight of 1e-38 of the largest is never drawn).
-inline float decay(float x) {
-  const float bounded = x < -87.0f ? -87.0f : x;
-  const float whole = (bounded * 1.44269504f + 12582912.0f) - 12582912.0f;
-  const float r = (bounded - whole * 0.693145752f) - whole * 1.42860677e-6f;
-  const float q = 4.9999994e-1f + r * (1.66665196e-1f + r * (4.16683927e-2f + r * (8.3687808e-3f + r * 1.3814465e-3f)));
-  const float scale = std::bit_cast<float>((static_cast<std::int32_t>(whole) + 127) << 23);
-  const float y = (1.0f + (r + r * r * q)) * scale;
-  return x < -87.0f ? 0.0f : y;
-}
-
-// weights[i] = e^((logits[i] - top) * sharpness), and their sum. weights may be logits, or null for the sum alone.
-// `runs` receives the sum of each kRun of them.
+// Weights (see find_weights) and the sum of all; `runs` receives the sums of kRun each.
 double weigh(const float* logits, std::size_t n, float top, float sharpness, float* weights,
              std::vector<double>* runs = nullptr) {
   double total = 0;
-  float rest[kRun];
   for (std::size_t start = 0; start < n; start += kRun) {
-    const std::size_t count = std::min(kRun, n - start);
-    float* to = weights != nullptr ? weights + start : rest;
-    const float* from = logits + start;
-    for (std::size_t i = 0; i < count; ++i) to[i] = decay((from[i] - top) * sharpness);
+    const std::size_t count = std::min(kRun, n - start), whole = count / kLanes * kLanes;
+    float* to = weights + start;
     float sums[kLanes] = {};
-    std::size_t i = 0;
-    for (; i + kLanes <= count; i += kLanes)
-      for (std::size_t j = 0; j < kLanes; ++j) sums[j] += to[i + j];
-    for (; i < count; ++i) sums[0] += to[i];
+    find_weights(logits + start, whole, top, sharpness, to, sums);
+    for (std::size_t i = whole; i < count; ++i) sums[0] += to[i] = decay((logits[start + i] - top) * sharpness);
     double sum = 0;
     for (float part : sums) sum += static_cast<double>(part);
     if (runs != nullptr) runs->push_back(sum);
@@ -94,7 +175,7 @@ std::vector<Candidate> first_k(const float* values, std::size_t n, std::size_t k
   if (k == 0) return kept;
   k = std::min(k, n);
   const std::size_t room = 2 * k + 256;
-  kept.reserve(room + kLanes);
+  kept.reserve(room);
   float threshold = -kInfinity;
   const auto shrink = [&] {
     if (kept.size() <= k) return;
@@ -102,42 +183,60 @@ std::vector<Candidate> first_k(const float* values, std::size_t n, std::size_t k
     kept.resize(k);
     threshold = kept[k - 1].value;
   };
-  const auto look = [&](std::size_t begin, std::size_t end) {
-    for (std::size_t i = begin; i < end; ++i)
-      if (values[i] > threshold) kept.push_back({values[i], static_cast<std::int32_t>(i)});
-    if (kept.size() >= room) shrink();
-  };
-  std::size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    std::uint32_t above[kLanes], any = 0;
-    for (std::size_t j = 0; j < kLanes; ++j) above[j] = values[i + j] > threshold ? 1u : 0u;
-    for (std::size_t j = 0; j < kLanes; ++j) any |= above[j];
-    if (any != 0) look(i, i + kLanes);
-  }
-  look(i, n);
+  for_each_above(values, n, threshold, [&](std::int32_t token, float value) {
+    kept.push_back({value, token});
+    if (kept.size() == room) shrink();
+  });
   shrink();
   std::sort(kept.begin(), kept.end(), before);
   return kept;
 }
 
-// How many candidates, in order, reach `mass`; they are moved to the front. Halves the range that holds the end, so
-// the cost is linear; a sort of a flat distribution over 150 000 tokens would take 10 ms.
-std::size_t reach(std::vector<Candidate>* all, double mass) {
-  auto begin = all->begin(), end = all->end();
-  while (end - begin > 64) {
-    const auto middle = begin + (end - begin) / 2;
-    std::nth_element(begin, middle, end, before);
-    double sum = 0;
-    for (auto it = begin; it != middle; ++it) sum += static_cast<double>(it->value);
-    if (sum >= mass) {
-      end = middle;
+double mass_above(const float* weights, std::size_t n, float threshold, std::size_t* count) {
+  double total = 0;
+  *count = 0;
+  for (std::size_t start = 0; start < n; start += kRun) {
+    const std::size_t size = std::min(kRun, n - start), whole = size / kLanes * kLanes;
+    float sums[kLanes] = {};
+    *count += sum_above(weights + start, whole, threshold, sums);
+    for (std::size_t i = start + whole; i < start + size; ++i)
+      if (weights[i] > threshold) sums[0] += weights[i], ++*count;
+    for (float part : sums) total += static_cast<double>(part);
+  }
+  return total;
+}
+
+// The last candidate, in order, of those that reach `mass` (not all of them do more than once: mass <= their sum).
+// Halves the interval of weights that holds it, by their bits, until few enough are left to sort: a dozen passes,
+// whatever the distribution. Sorting a flat one over 150 000 tokens would take 10 ms.
+Candidate find_end(const float* weights, std::size_t n, double mass) {
+  // All above `low` reach the mass, those above `high` do not.
+  std::uint32_t low = 0, high = std::bit_cast<std::uint32_t>(1.0f);
+  std::size_t inside = n, above = 0, count;
+  double sum = 0;
+  while (inside > kEdge && high - low > 1) {
+    const std::uint32_t middle = low + (high - low) / 2;
+    const double here = mass_above(weights, n, std::bit_cast<float>(middle), &count);
+    if (here >= mass) {
+      low = middle, inside = count - above;
     } else {
-      mass -= sum, begin = middle;
+      high = middle, inside -= count - above, above = count, sum = here;
     }
   }
-  std::sort(begin, end, before);
-  while (begin != end && mass > 0) mass -= static_cast<double>(begin++->value);
-  return std::max<std::size_t>(static_cast<std::size_t>(begin - all->begin()), 1);
+  std::vector<Candidate> edge;
+  edge.reserve(inside);
+  float threshold = std::bit_cast<float>(low);
+  const float most = std::bit_cast<float>(high);
+  for_each_above(weights, n, threshold, [&](std::int32_t token, float value) {
+    if (value <= most) edge.push_back({value, token});
+  });
+  if (high - low > 1) std::sort(edge.begin(), edge.end(), before);  // else all are equal, and in order
+  Candidate end{threshold, std::numeric_limits<std::int32_t>::max()};
+  for (const Candidate& c : edge) {
+    end = c, sum += static_cast<double>(c.value);
+    if (sum >= mass) break;
+  }
+  return end;
 }
 
 void penalize(float* logits, std::size_t vocabulary, const History& history, const SampleParams& params) {
@@ -176,48 +275,32 @@ bool filters(std::size_t vocabulary, const SampleParams& params) {
          params.min_p > 0;
 }
 
-// Every token whose weight is at least `least` times the largest (which is 1).
-std::vector<Candidate> at_least(const float* weights, std::size_t n, float least, double* mass) {
-  std::vector<Candidate> kept;
-  *mass = 0;
-  for (std::size_t i = 0; i < n; ++i) {
-    if (weights[i] < least || weights[i] == 0) continue;
-    kept.push_back({weights[i], static_cast<std::int32_t>(i)});
-    *mass += static_cast<double>(weights[i]);
-  }
-  return kept;
-}
-
-// What the filters leave; values are weights.
+// What the filters leave, by rising ids; values are weights.
 std::vector<Candidate> filter(float* logits, std::size_t vocabulary, float top, const SampleParams& params) {
   const float sharpness = sharpness_of(params);
+  const auto enough = [&](float weight) { return weight >= params.min_p && weight > 0; };
   std::vector<Candidate> kept;
-  double mass = 0;
   if (params.top_k > 0 && static_cast<std::size_t>(params.top_k) < vocabulary) {
     kept = first_k(logits, vocabulary, static_cast<std::size_t>(params.top_k));
+    double mass = 0;
     for (Candidate& c : kept) c.value = decay((c.value - top) * sharpness), mass += static_cast<double>(c.value);
     if (params.top_p < 1) {
       double left = mass * static_cast<double>(params.top_p);
       std::size_t n = 0;
-      while (n < kept.size() && left > 0) left -= static_cast<double>(kept[n++].value);
-      kept.resize(std::max<std::size_t>(n, 1));
+      while (n < kept.size() && (n == 0 || left > 0)) left -= static_cast<double>(kept[n++].value);
+      kept.resize(n);
     }
-  } else {
-    const double total = weigh(logits, vocabulary, top, sharpness, logits);
-    if (params.top_p < 1) {
-      // Few tokens hold nearly all of the mass, if the model knows what it says; else look at more.
-      const double wanted = total * static_cast<double>(params.top_p);
-      for (float least : {0x1p-10f, 0x1p-16f, 0.0f}) {
-        kept = at_least(logits, vocabulary, least, &mass);
-        if (mass >= wanted) break;
-      }
-      kept.resize(reach(&kept, wanted));
-    } else {
-      kept = at_least(logits, vocabulary, params.min_p, &mass);
-    }
+    std::erase_if(kept, [&](const Candidate& c) { return !enough(c.value); });
+    std::sort(kept.begin(), kept.end(), [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+    return kept;
   }
-  std::erase_if(kept, [&](const Candidate& c) { return c.value < params.min_p || c.value == 0; });
-  std::sort(kept.begin(), kept.end(), [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+  const double total = weigh(logits, vocabulary, top, sharpness, logits);
+  Candidate end{0, 0};
+  if (params.top_p < 1) end = find_end(logits, vocabulary, total * static_cast<double>(params.top_p));
+  float threshold = std::max(below(std::max(end.value, params.min_p)), 0.0f);
+  for_each_above(logits, vocabulary, threshold, [&](std::int32_t token, float weight) {
+    if (enough(weight) && (weight > end.value || token <= end.token)) kept.push_back({weight, token});
+  });
   return kept;
 }
 
@@ -313,7 +396,7 @@ Sampled sample(float* logits, std::size_t vocabulary, const History& history, co
   }
   if (top >= 0) {
     const float most = largest(raw.data(), vocabulary);
-    const double norm = static_cast<double>(most) + std::log(weigh(raw.data(), vocabulary, most, 1.0f, nullptr));
+    const double norm = static_cast<double>(most) + std::log(weigh(raw.data(), vocabulary, most, 1.0f, logits));
     const auto logprob = [&](float x) { return static_cast<float>(static_cast<double>(x) - norm); };
     result.logprob = logprob(raw[static_cast<std::size_t>(result.token)]);
     for (const Candidate& c : first_k(raw.data(), vocabulary, static_cast<std::size_t>(top)))

@@ -1,7 +1,9 @@
 #include "everybit/engine/weight.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 
 #include "everybit/planes.h"
 #include "everybit/threads.h"
@@ -18,6 +20,29 @@ unsigned reversed(unsigned code, int bits) {
 
 int parts_of(Mode mode, int bits) { return mode == Mode::standard && bits >= 3 ? 2 : 1; }
 
+constexpr std::size_t kCellRecordBytes = 44;
+
+// An IEEE half as float, exactly; finite ones only (the reader refused others).
+float half_to_float(std::uint16_t half) {
+  const std::uint32_t sign = (half & 0x8000u) << 16, exponent = (half >> 10) & 31u, fraction = half & 0x3ffu;
+  if (exponent == 0) return (sign ? -1.0f : 1.0f) * static_cast<float>(fraction) * 0x1p-24f;
+  return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (fraction << 13));
+}
+
+// What Kernels::make_table does, in plain C++.
+void make_table(const Cells& cells, int bits, int base, std::uint8_t* entries) {
+  const std::size_t count = std::size_t{1} << bits;
+  const float inverse = cells.scale > 0 ? 1.0f / cells.scale : 0.0f, most = static_cast<float>(base * base - 1);
+  for (std::size_t i = 0; i < count; ++i) {
+    const int factor = cells.ladder[i & 15] * cell_grid(static_cast<unsigned>(i >> 4), bits);
+    const float value = cells.centre[i & 15] + cells.step * static_cast<float>(factor);
+    const float steps = std::min((value - cells.offset) * inverse, most);
+    const int entry = steps > 0 ? static_cast<int>(std::lrint(steps)) : 0;
+    entries[i] = static_cast<std::uint8_t>(entry / base);
+    entries[count + i] = static_cast<std::uint8_t>(entry % base);
+  }
+}
+
 // Rows dequantized at a time in exact mode: they fit into the first level of cache with room for activations.
 constexpr std::size_t kExactBytes = std::size_t{24} << 10;
 
@@ -25,7 +50,7 @@ constexpr std::size_t kExactBytes = std::size_t{24} << 10;
 
 PreparedTables::PreparedTables(const float* values, std::size_t rows, int bits, Mode mode, const Kernels& kernels,
                                int threads)
-    : bits_(bits), parts_(parts_of(mode, bits)) {
+    : bits_(bits), parts_(parts_of(mode, bits)), kernels_(kernels) {
   const std::size_t count = std::size_t{1} << bits;
   if (mode == Mode::exact) {
     values_.assign(values, values + rows * count);
@@ -62,20 +87,56 @@ PreparedTables::PreparedTables(const float* values, std::size_t rows, int bits, 
   });
 }
 
-Tables PreparedTables::standard(std::size_t row) const {
-  const std::size_t stride = static_cast<std::size_t>(parts_) << bits_;
-  return {bits_, parts_, entries_.data() + row * stride, lines_.data() + 2 * row, stride};
+PreparedTables::PreparedTables(const std::uint8_t* records, std::size_t rows, int bits, const Kernels& kernels)
+    : bits_(bits), parts_(2), kernels_(kernels), cells_(rows) {
+  const int most_grid = cell_grid((1u << (bits - 4)) - 1, bits);  // all residual bits set: the largest
+  for (std::size_t row = 0; row < rows; ++row) {
+    const std::uint8_t* record = records + row * kCellRecordBytes;
+    Cells& cells = cells_[row];
+    std::memcpy(&cells.step, record + 40, 4);
+    float least = 0, greatest = 0;
+    for (unsigned c = 0; c < 16; ++c) {
+      std::uint16_t half;
+      std::memcpy(&half, record + 2 * c, 2);
+      const float centre = half_to_float(half);
+      const int ladder = ((record[32 + c / 2] >> (4 * (c % 2))) & 15) + 1;
+      const unsigned place = reversed(c, 4);
+      cells.centre[place] = centre;
+      cells.ladder[place] = static_cast<std::int8_t>(ladder);
+      const float reach = cells.step * static_cast<float>(ladder * most_grid);
+      least = c ? std::min(least, centre - reach) : centre - reach;
+      greatest = c ? std::max(greatest, centre + reach) : centre + reach;
+    }
+    cells.scale = (greatest - least) / static_cast<float>(kernels.base * kernels.base - 1);
+    cells.offset = least;
+  }
 }
 
-Tables PreparedTables::bytes(std::size_t row) const {
-  Tables tables = standard(row);
-  if (parts_ == 2) tables.lines = byte_lines_.data() + 2 * row;
-  tables.parts = 1;
-  return tables;
+Tables PreparedTables::kept(std::size_t row, bool bytes) const {
+  const std::size_t stride = static_cast<std::size_t>(parts_) << bits_;
+  const std::vector<float>& lines = bytes && parts_ == 2 ? byte_lines_ : lines_;
+  return {bits_, bytes ? 1 : parts_, entries_.data() + row * stride, lines.data() + 2 * row, stride};
+}
+
+Tables PreparedTables::make(std::size_t row, std::size_t count, bool bytes, void* room) const {
+  auto* lines = static_cast<float*>(room);
+  auto* entries = reinterpret_cast<std::uint8_t*>(lines + 2 * kMadeRows);
+  const std::size_t stride = std::size_t{2} << bits_;
+  const auto base = static_cast<float>(kernels_.base);
+  for (std::size_t r = 0; r < count; ++r) {
+    const Cells& cells = cells_[row + r];
+    if (kernels_.make_table)
+      kernels_.make_table(cells, bits_, entries + r * stride);
+    else
+      make_table(cells, bits_, kernels_.base, entries + r * stride);
+    lines[2 * r] = bytes ? cells.scale * base : cells.scale;
+    lines[2 * r + 1] = bytes ? cells.offset + cells.scale * (base - 1) / 2 : cells.offset;
+  }
+  return {bits_, bytes ? 1 : 2, entries, lines, stride};
 }
 
 std::size_t PreparedTables::size_bytes() const {
-  return entries_.size() + 4 * (lines_.size() + byte_lines_.size() + values_.size());
+  return entries_.size() + 4 * (lines_.size() + byte_lines_.size() + values_.size()) + cells_.size() * sizeof(Cells);
 }
 
 Planes Weight::planes_at(std::size_t row) const {
@@ -115,10 +176,17 @@ void multiply(const Weight& weight, std::size_t expert, int bits, Mode mode, con
   const std::size_t first = expert * weight.rows;
   const Planes planes = weight.planes_at(first);
   if (mode != Mode::exact) {
-    const bool one_byte = tokens >= kPrefillTokens && own <= kBytePrefillBits;
-    const LinearFunction* functions = tokens == 1 ? isa.kernels->gemv : isa.kernels->gemm;
-    return functions[own](planes, one_byte ? tables.bytes(first) : tables.standard(first), quantized, rows, out,
-                          scratch);
+    const bool bytes = mode == Mode::fast || tokens >= kPrefillTokens;
+    const LinearFunction multiply_rows = (tokens == 1 ? isa.kernels->gemv : isa.kernels->gemm)[own];
+    if (!tables.made_on_the_fly())
+      return multiply_rows(planes, tables.kept(first, bytes), quantized, rows, out, scratch);
+    void* room = static_cast<std::uint8_t*>(scratch) + kScratchBytes;
+    for (std::size_t row = rows.begin; row < rows.end; row += PreparedTables::kMadeRows) {
+      const std::size_t count = std::min(PreparedTables::kMadeRows, rows.end - row);
+      multiply_rows(weight.planes_at(first + row), tables.make(first + row, count, bytes, room), quantized, {0, count},
+                    out.from(row), scratch);
+    }
+    return;
   }
   float* values = reinterpret_cast<float*>(static_cast<std::uint8_t*>(scratch) + kDenseScratchBytes);
   const std::size_t most =
@@ -126,11 +194,8 @@ void multiply(const Weight& weight, std::size_t expert, int bits, Mode mode, con
   for (std::size_t row = rows.begin; row < rows.end; row += most) {
     const std::size_t count = std::min(most, rows.end - row);
     dequantize_rows(planes.plane, own, tables.values(first), {row, row + count}, weight.columns, values);
-    Output part = out;
-    part.data += row;
-    if (part.bias) part.bias += row;
     const Matrix matrix{values, Dtype::f32, count, weight.columns, false};
-    isa.ops->dense(matrix, x, tokens, {0, count}, part, scratch);
+    isa.ops->dense(matrix, x, tokens, {0, count}, out.from(row), scratch);
   }
 }
 

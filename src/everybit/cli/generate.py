@@ -1,92 +1,135 @@
-"""`everybit generate OVERLAY --prompt TEXT`: text at a chosen precision."""
+"""`everybit generate MODEL --prompt TEXT`: text at a chosen precision, from the native engine."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-import time
-from typing import Any
 
-from everybit.cli.options import parse_bits
-from everybit.errors import PrecisionError, SourceError
+from everybit.cli.options import add_machine_options, parse_bits, processors
+from everybit.errors import PrecisionError, RequestError, SourceError
+
+_SAMPLED = ("top_k", "top_p", "min_p", "seed")  # without effect where the likeliest token is taken
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "generate", help="write text at a chosen precision", description="Continue a prompt at a chosen precision."
     )
-    parser.add_argument("overlay", metavar="OVERLAY", help="folder made by everybit quantize")
+    parser.add_argument("overlay", metavar="MODEL", help="folder made by everybit quantize, or a float model folder")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--bits", help="precision (default: the highest it has)")
-    parser.add_argument("--max-tokens", type=int, default=100, help="new tokens at most (default 100)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
-    parser.add_argument("--top-p", type=float, help="needs a temperature above 0 (default 1)")
-    parser.add_argument("--seed", type=int, help="needs a temperature above 0 (default 0)")
+    parser.add_argument("--max-tokens", type=int, default=100, metavar="N", help="new tokens at most (default 100)")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of streaming text")
+
+    sampling = parser.add_argument_group("sampling", "applied in this order: penalties, temperature, top-k, top-p, min-p")
+    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    sampling.add_argument("--top-p", type=float, metavar="P", help="from the likeliest that together reach P")
+    sampling.add_argument("--min-p", type=float, metavar="P", help="from those with P times the likeliest's probability")
+    sampling.add_argument("--seed", type=int, help="of the draws (default 0)")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="R", help="of tokens in prompt or output (off: 1)")
+    sampling.add_argument("--presence-penalty", type=float, metavar="X", help="of tokens in the output (off: 0)")
+    sampling.add_argument("--frequency-penalty", type=float, metavar="X", help="for each time in the output (off: 0)")
+
+    machine = parser.add_argument_group("machine")
+    add_machine_options(machine, "default", "default: default")
+    machine.add_argument("--pin", type=processors, default=(), metavar="LIST", help="processors for the threads: 0,2-3")
+    machine.add_argument("--isa", help="instruction set (default: $EVERYBIT_ISA, or the best here; see everybit probe)")
+    machine.add_argument("--context", type=int, metavar="N", help="room for so many tokens (default: the model's own)")
+    machine.add_argument(
+        "--kv-dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="float16",
+        help="numbers of the KV cache (default float16)",
+    )
+    machine.add_argument(
+        "--debug-numerics", action="store_true", help="check every layer's output; a number that is not finite is named"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    for option, value, good, expected in (
-        ("--max-tokens", args.max_tokens, args.max_tokens >= 1, "1 or more"),
-        (
-            "--temperature",
-            args.temperature,
-            args.temperature == 0 or 0.01 <= args.temperature <= 100,
-            "0, or 0.01 to 100",
-        ),
-        ("--top-p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "above 0, at most 1"),
-        ("--seed", args.seed, args.seed is None or 0 <= args.seed < 2**63, "0 or more"),
-    ):
-        if not good:
-            raise SourceError(f"{option} {value}: expected {expected}")
-        if option in ("--top-p", "--seed") and value is not None and args.temperature == 0:
-            raise SourceError(f"{option} has no effect at temperature 0: give --temperature as well")
+    if args.max_tokens < 1:
+        raise SourceError(f"--max-tokens {args.max_tokens}: expected 1 or more")
     if not args.prompt.isascii() and not args.prompt.encode(errors="replace").decode() == args.prompt:
         raise SourceError("--prompt is not valid text in this locale: expected UTF-8")
     bits = parse_bits(args.bits) if args.bits is not None else None
     if bits is not None and len(bits) != 1:
         raise PrecisionError(f"--bits {args.bits}: expected one precision")
 
-    import everybit
+    from everybit.engine.generate import generate
+    from everybit.engine.runtime import Runtime
+    from everybit.engine.sampling import Sampling
+    from everybit.tokenizer import Tokenizer
 
-    model = everybit.load(args.overlay, bits=bits[0] if bits else None)
-    import torch
-    from transformers import TextStreamer
+    asked = {name: getattr(args, name) for name in (*_SAMPLED, *_PENALTIES) if getattr(args, name) is not None}
+    try:
+        sampling = Sampling(temperature=args.temperature, **asked)
+    except RequestError as error:
+        raise RequestError(_option(error.parameter), error.problem) from None
+    if without := [name for name in _SAMPLED if name in asked and args.temperature == 0]:
+        raise SourceError(f"{_option(without[0])} has no effect at temperature 0: give --temperature as well")
 
-    from everybit.quantize.source import load_tokenizer
-
-    tokenizer = load_tokenizer(args.overlay)
-    inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)
-    count = int(inputs["input_ids"].shape[1])
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or count + args.max_tokens
-    if not 0 < count < context:
-        raise SourceError(
-            f"--prompt has {count} tokens, expected 1 to {context - 1} (the model's context is {context})"
+    runtime = Runtime.open(
+        args.overlay,
+        threads=args.threads,
+        pin=args.pin,
+        isa=args.isa,
+        mode=args.mode,
+        context=args.context,
+        kv_dtype=args.kv_dtype,
+        debug=args.debug_numerics,
+    )
+    with runtime:
+        tokenizer = Tokenizer.open(args.overlay)
+        prompt = tokenizer.encode(args.prompt)
+        generation = generate(
+            runtime, prompt, sampling, args.max_tokens, bits[0] if bits else None, stop_ids=tokenizer.eos_ids
         )
-    new = min(args.max_tokens, context - count)
-    if new < args.max_tokens:
-        print(f"stopping after {new} tokens: the model's context is {context}", file=sys.stderr)
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if args.temperature > 0:
-        torch.manual_seed(args.seed or 0)
-        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p or 1.0, "top_k": 0}
-    streamer = None if args.json else TextStreamer(tokenizer, skip_special_tokens=True)
-    start = time.perf_counter()
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = model.generate(
-        **inputs, max_new_tokens=new, streamer=streamer, num_beams=1, pad_token_id=padding, **sampling
-    )[0]
-    seconds = time.perf_counter() - start
+        weights = f"{generation.bits} bits" if generation.bits else "float weights"
+        threads = f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}"
+        print(f"everybit: {runtime.isa}, {threads}, {args.mode} mode, {weights}", file=sys.stderr, flush=True)
+
+        pieces: list[str] = []
+
+        def show(piece: str) -> None:
+            pieces.append(piece)
+            if piece and not args.json:
+                print(piece, end="", flush=True)
+
+        stream = tokenizer.stream(prompt)
+        shown = False
+        for token in generation:
+            if not shown and not args.json:  # not before the first token: a refusal leaves stdout empty
+                print(args.prompt, end="")
+                shown = True
+            show(stream.add(token))
+        show(stream.finish())
+    if not args.json:
+        print("" if shown else args.prompt)
+    if generation.reason == "context":
+        print(f"everybit: stopped where the context of {runtime.context} tokens is full", file=sys.stderr)
     if args.json:
         document = {
             "prompt": args.prompt,
-            "text": tokenizer.decode(ids[count:], skip_special_tokens=True),
-            "bits": model.precision,
-            "prompt_tokens": count,
-            "new_tokens": int(ids.shape[0]) - count,
-            "seconds": seconds,
+            "text": "".join(pieces),
+            "reason": generation.reason,
+            "bits": generation.bits or None,
+            "prompt_tokens": len(prompt),
+            "new_tokens": len(generation.tokens),
+            "mode": args.mode,
+            "isa": runtime.isa,
+            "threads": runtime.threads,
+            "prepare_s": generation.prepare_s,
+            "prefill_s": generation.prefill_s,
+            "decode_s": generation.decode_s,
+            "tokens_per_s": generation.tokens_per_s,
         }
         print(json.dumps(document))
     return 0
+
+
+def _option(parameter: str) -> str:
+    return f"--{parameter.replace('_', '-')}"

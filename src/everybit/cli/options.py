@@ -54,3 +54,28 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
+
+
+def processors(text: str) -> tuple[int, ...]:
+    """An argparse type: processor numbers such as 0,2-3, in the order given."""
+    found: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        ends = (low, high if dash else low)
+        if not all(end.isascii() and end.isdigit() and len(end) <= 5 for end in ends) or int(ends[0]) > int(ends[1]):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of processors such as 0,2-3")
+        found.extend(range(int(ends[0]), int(ends[1]) + 1))
+    return tuple(found)
+
+
+def add_machine_options(parser: argparse.ArgumentParser, mode: str, why: str) -> None:
+    """The options that say how the engine uses this machine; `mode` is the default, and `why`."""
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="threads (default: one per processor this process may use)"
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("exact", "default", "fast"),
+        default=mode,
+        help=f"arithmetic: exact (float weights and sums), default (rounded activations) or fast; {why}",
+    )

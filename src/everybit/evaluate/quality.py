@@ -1,18 +1,19 @@
 """One pass over a text at every precision, next to the float model.
 
 The text is walked in chunks and every chunk is scored at every precision, so the float model runs once and its
-logits are held for one chunk only. A precision switch may rebuild dense weights; a chunk amortises it over
-thousands of tokens.
+logits are held for one chunk only.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from everybit.errors import PrecisionError, ShapeError, SourceError
@@ -20,26 +21,30 @@ from everybit.evaluate.report import FloatQuality, Report, Row
 from everybit.evaluate.text import Windows
 from everybit.formats.sizes import Size
 
-if TYPE_CHECKING:
-    import torch
-
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 CHUNK_BYTES = 256 << 20  # float32 reference logits held at once
-BATCH_BYTES = 64 << 20  # float32 logits of one forward call
-BATCH_TOKENS = 4096  # beyond this a batch gains no speed and its activations cost memory
-SLICE_BYTES = 32 << 20  # float64 log-probabilities worked on at once
+SLICE_BYTES = 2 << 20  # float64 log-probabilities that a thread works on at once: they stay in its cache
 
 _VOCABULARIES_DIFFER = (
     "the reference knows {} tokens and the quantized model {}; expected the model that was quantized as the reference"
 )
 
-Batch = Sequence[Sequence[int]]  # windows of one length
+Chunk = Sequence[Sequence[int]]  # windows
 
 
 class CausalModel(Protocol):
-    """What is asked of a model: transformers' causal language models, or a mock."""
+    """What is asked of a model: `EngineModel`, or a mock."""
 
-    def __call__(self, input_ids: torch.Tensor, /, *, use_cache: bool) -> Any:
-        """An object whose `.logits` are [windows, length, vocabulary]."""
+    @property
+    def vocabulary(self) -> int:
+        """Columns of the logits."""
+
+    def score(self, windows: Chunk) -> Iterator[F32]:
+        """Logits that predict the scored tokens of the windows, all but the first of each, in order.
+
+        Shapes: pieces f32[n, vocabulary] of any n >= 1, together as many rows as there are scored tokens
+        """
 
 
 @dataclass
@@ -48,7 +53,7 @@ class _Tally:
 
     nll: float = 0.0  # nats
     agreed: int = 0
-    kl: list[np.ndarray[Any, np.dtype[np.float32]]] = field(default_factory=list)
+    kl: list[F32] = field(default_factory=list)
 
 
 def evaluate(
@@ -61,48 +66,51 @@ def evaluate(
     size: Callable[[int], Size] | None = None,
     reference_size: Size | None = None,
     progress: bool = True,
+    threads: int = 1,
 ) -> Report:
     """Score `windows` at each of `precisions`, and against `reference` (the float model) when there is one.
 
     Perplexity is over all scored tokens; bits per byte divides by their text. KL is of the float model's distribution
-    to the quantized one's, per scored token in nats, from float64 log-softmax; p99 interpolates linearly.
+    to the quantized one's, per scored token in nats, from float64 log-softmax; p99 interpolates linearly. `threads` are
+    those of this arithmetic; the models have their own.
 
     Needs:   precisions not empty; reference and model with the same vocabulary
-    Cost:    one forward pass of the text per precision and one of the reference. Beyond the models and the activations
-             of one batch: the reference's logits of a chunk, at most 256 MB or one window, whichever is more; the
-             logits of a batch, at most 64 MB or one window; about 100 MB of work space; 4 bytes per token and precision
+    Cost:    one pass of the text per precision and one of the reference. Beyond the models: the reference's logits of
+             a chunk, at most 256 MB or one window, whichever is more; one piece of logits; some 10 MB a thread; 4 bytes
+             per token and precision
     Mutates: the precision of `model`, which is left at the last one. Progress goes to stderr where that is a terminal
     Raises:  PrecisionError, ShapeError (vocabularies differ), SourceError (token ids beyond the vocabulary)
     """
     if not precisions:
         raise PrecisionError("no precision to evaluate; expected at least one of 2..8")
-    import torch
-
     tallies = {bits: _Tally() for bits in precisions}
     reference_tally = _Tally()
-    highest = max(max(window) for window in windows.ids)
-    vocabulary = _vocabulary(model, highest)
-    if reference is not None and (other := _vocabulary(reference, highest)) != vocabulary:
-        raise ShapeError(_VOCABULARIES_DIFFER.format(other, vocabulary))
-    chunks = list(_chunks(list(_batches(windows.ids, vocabulary)), vocabulary))
+    if reference is not None and reference.vocabulary != model.vocabulary:
+        raise ShapeError(_VOCABULARIES_DIFFER.format(reference.vocabulary, model.vocabulary))
+    if (highest := max(max(window) for window in windows.ids)) >= model.vocabulary:
+        raise SourceError(
+            f"the tokenizer made token {highest} and the model knows tokens 0 to {model.vocabulary - 1}; "
+            "expected the tokenizer that belongs to the model"
+        )
     bar = tqdm(
         total=windows.tokens * (len(tallies) + (reference is not None)), unit="tok", disable=None if progress else True
     )
-    with torch.inference_mode(), bar:
-        for chunk in chunks:
-            held: list[torch.Tensor | None] = [None] * len(chunk)
+    with bar, ThreadPoolExecutor(threads) as pool:
+        for chunk in _chunks(windows.ids, model.vocabulary):
+            held: F32 | None = None
             if reference is not None:
                 bar.set_description("float")
-                for i, batch in enumerate(chunk):
-                    held[i] = logits = _logits(reference, batch)
-                    _score(reference_tally, batch, logits, None)
-                    bar.update(_scored(batch))
+                held = np.empty((_scored(chunk), reference.vocabulary), np.float32)
+                for at, targets, logits in _pieces(reference, chunk):
+                    held[at : at + len(logits)] = logits
+                    _score(reference_tally, targets, logits, None, pool)
+                    bar.update(len(logits))
             for bits, tally in tallies.items():
                 bar.set_description(f"{bits} bits")
                 set_precision(bits)
-                for batch, floats in zip(chunk, held, strict=True):
-                    _score(tally, batch, _logits(model, batch), floats)
-                    bar.update(_scored(batch))
+                for at, targets, logits in _pieces(model, chunk):
+                    _score(tally, targets, logits, None if held is None else held[at : at + len(logits)], pool)
+                    bar.update(len(logits))
 
     tokens, text_bytes = windows.tokens, windows.text_bytes
     rows = []
@@ -134,79 +142,76 @@ def evaluate(
     return Report(quality, rows, tokens, text_bytes)
 
 
-def _vocabulary(model: CausalModel, highest: int) -> int:
-    """The model's vocabulary size, for planning memory; a model that does not say is planned for its tokens only."""
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = getattr(text_config, "vocab_size", None)
-    if size is None:
-        return highest + 1
-    if highest >= size:
-        raise SourceError(
-            f"the tokenizer made token {highest} and the model knows tokens 0 to {size - 1}; "
-            "expected the tokenizer that belongs to the model"
-        )
-    return int(size)
-
-
-def _batches(ids: Sequence[Sequence[int]], vocabulary: int) -> Iterator[Batch]:
-    """Windows of equal length together, so that nothing is padded."""
-    by_length: dict[int, list[Sequence[int]]] = {}
-    for window in ids:
-        by_length.setdefault(len(window), []).append(window)
-    for length, group in sorted(by_length.items(), reverse=True):  # longest first: memory trouble shows at once
-        count = max(1, min(BATCH_TOKENS // length, BATCH_BYTES // (length * vocabulary * 4)))
-        yield from (group[i : i + count] for i in range(0, len(group), count))
-
-
-def _chunks(batches: Sequence[Batch], vocabulary: int) -> Iterator[list[Batch]]:
-    """Batches whose reference logits fit into CHUNK_BYTES together; a batch that alone does not is its own chunk."""
-    chunk: list[Batch] = []
+def _chunks(ids: Sequence[Sequence[int]], vocabulary: int) -> Iterator[Chunk]:
+    """Windows whose reference logits fit into CHUNK_BYTES together; a window that alone does not is its own chunk."""
+    chunk: list[Sequence[int]] = []
     held_bytes = 0
-    for batch in batches:
-        batch_bytes = len(batch) * len(batch[0]) * vocabulary * 4
-        if chunk and held_bytes + batch_bytes > CHUNK_BYTES:
+    for window in ids:
+        window_bytes = (len(window) - 1) * vocabulary * 4
+        if chunk and held_bytes + window_bytes > CHUNK_BYTES:
             yield chunk
             chunk, held_bytes = [], 0
-        chunk.append(batch)
-        held_bytes += batch_bytes
+        chunk.append(window)
+        held_bytes += window_bytes
     if chunk:
         yield chunk
 
 
-def _scored(batch: Batch) -> int:
-    return len(batch) * (len(batch[0]) - 1)
+def _scored(chunk: Chunk) -> int:
+    return sum(len(window) - 1 for window in chunk)
 
 
-def _logits(model: CausalModel, batch: Batch) -> torch.Tensor:
-    """Logits that predict the scored tokens of a batch: float32 [tokens, vocabulary]."""
-    import torch
+def _pieces(model: CausalModel, chunk: Chunk) -> Iterator[tuple[int, NDArray[np.int64], F32]]:
+    """Where in the chunk's scored tokens a piece begins, its tokens, the logits that predict them."""
+    targets = np.concatenate([np.asarray(window[1:], np.int64) for window in chunk])
+    at = 0
+    for logits in model.score(chunk):
+        yield at, targets[at : at + len(logits)], logits
+        at += len(logits)
+    if at != len(targets):
+        raise ShapeError(f"the model gave {at} rows of logits for {len(targets)} scored tokens")
 
-    ids = torch.tensor(batch, dtype=torch.long, device=getattr(model, "device", None))
-    logits: torch.Tensor = model(ids, use_cache=False).logits
-    return logits[:, :-1].reshape(-1, logits.shape[-1]).float()
 
-
-def _score(tally: _Tally, batch: Batch, logits: torch.Tensor, floats: torch.Tensor | None) -> None:
-    """Add a batch to `tally`, in slices of rows so that float64 work space stays small."""
-    import torch
-
-    if floats is not None and floats.shape != logits.shape:
-        raise ShapeError(_VOCABULARIES_DIFFER.format(floats.shape[-1], logits.shape[-1]))
-    targets = torch.tensor(batch, dtype=torch.long, device=logits.device)[:, 1:].reshape(-1, 1)
+def _score(
+    tally: _Tally, targets: NDArray[np.int64], logits: F32, floats: F32 | None, pool: ThreadPoolExecutor
+) -> None:
+    """Add a piece to `tally`, in slices of rows so that float64 work space stays small."""
     step = max(1, SLICE_BYTES // (logits.shape[-1] * 8))
-    for start in range(0, len(logits), step):
+
+    def one(start: int) -> tuple[float, F32 | None, int]:
         part = slice(start, start + step)
-        log_q = logits[part].double().log_softmax(-1)
-        tally.nll -= log_q.gather(-1, targets[part]).sum().item()
-        if floats is None:
-            continue
-        log_p = floats[part].to(logits.device).double().log_softmax(-1)
-        p = log_p.exp()
-        terms = (p * (log_p - log_q)).masked_fill_(p == 0, 0.0)  # 0 log 0 = 0, also where both are -inf
-        # Mathematically never negative; float64 rounding may leave -1e-16.
-        tally.kl.append(terms.sum(-1).clamp_min_(0.0).float().cpu().numpy())
-        tally.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+        return _score_slice(targets[part], logits[part], None if floats is None else floats[part])
+
+    for nll, kl, agreed in pool.map(one, range(0, len(logits), step)):
+        tally.nll += nll
+        if kl is not None:
+            tally.kl.append(kl)
+            tally.agreed += agreed
+
+
+def _score_slice(targets: NDArray[np.int64], logits: F32, floats: F32 | None) -> tuple[float, F32 | None, int]:
+    """Negative log-likelihood, KL per token, and how often both rank the same token first."""
+    log_q = _log_softmax(logits)
+    nll = -float(log_q[np.arange(len(targets)), targets].sum())
+    if floats is None:
+        return nll, None, 0
+    log_p = _log_softmax(floats)
+    p = np.exp(log_p)
+    with np.errstate(invalid="ignore"):
+        terms = np.subtract(log_p, log_q, out=log_q)
+        terms *= p
+    terms[p == 0] = 0.0  # 0 log 0 = 0, also where both are -inf
+    # Mathematically never negative; float64 rounding may leave -1e-16.
+    kl = np.maximum(terms.sum(axis=-1), 0.0).astype(np.float32)
+    return nll, kl, int((floats.argmax(axis=-1) == logits.argmax(axis=-1)).sum())
+
+
+def _log_softmax(logits: F32) -> F64:
+    x = logits.astype(np.float64)
+    x -= x.max(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    return x
 
 
 def _perplexity(nll: float, tokens: int) -> float:

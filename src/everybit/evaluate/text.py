@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,11 +12,11 @@ LONGEST_DEFAULT_CONTEXT = 2048  # as most published perplexities; models that kn
 
 
 class Tokenizer(Protocol):
-    """The two calls of a transformers tokenizer that are used here."""
+    """What is asked of a tokenizer: ours, or one of transformers."""
 
-    def __call__(self, text: str, /, *, verbose: bool) -> Any: ...
+    def encode(self, text: str, /) -> list[int]: ...
 
-    def decode(self, ids: list[int], /, *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str: ...
+    def decode(self, ids: list[int], /, *, skip_special_tokens: bool) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,14 @@ class Windows:
         return sum(len(window) - 1 for window in self.ids)
 
 
-def context_length(config: Any, wanted: int | None = None) -> int:
-    """The window length for a transformers config: `wanted`, or the model's own up to 2048 tokens.
+def context_length(config: Mapping[str, Any], wanted: int | None = None) -> int:
+    """The window length for a model's config.json: `wanted`, or the model's own up to 2048 tokens.
 
     Raises: SourceError when `wanted` is below 2 (nothing to score) or beyond the model
     """
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(text_config, "max_position_embeddings", None)
+    text_config = config.get("text_config")
+    keys = [part.get(key) for part in (config, text_config or {}) for key in ("max_position_embeddings", "n_positions")]
+    longest = next((value for value in keys if type(value) is int), None)
     if wanted is None:
         return min(longest or LONGEST_DEFAULT_CONTEXT, LONGEST_DEFAULT_CONTEXT)
     if wanted < 2:
@@ -72,7 +73,7 @@ def windows(
     text_bytes = 0
     room = max_tokens
     for document in documents:
-        ids = [int(i) for i in tokenizer(document, verbose=False)["input_ids"]]
+        ids = tokenizer.encode(document)
         for start in range(0, min(len(ids), context) if truncate else len(ids), context):
             window = ids[start : start + context]
             if room is not None:
@@ -89,5 +90,5 @@ def windows(
 
 
 def _text_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
-    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(list(ids), skip_special_tokens=True)
     return len(text.encode("utf-8", errors="replace"))

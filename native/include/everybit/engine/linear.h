@@ -40,6 +40,16 @@ struct Tables {
   std::size_t stride;           // bytes from row to row of entries, at least parts * 2^bits
 };
 
+// One row's codebook of cells at one precision, 5 to 8 bits. Index i has its cell in bits 0..3 (as everywhere, bit p is
+// plane p) and, above them, the residual: value = centre[i & 15] + step * ladder[i & 15] * grid, where the grid is the
+// odd multiple of 16/n in (-16, 16) that the n = 2^(bits-4) residuals count up, bit-reversed likewise.
+struct Cells {
+  float centre[16];
+  std::int8_t ladder[16];  // 1..8
+  float step;
+  float scale, offset;  // of the table's sixteen- (or fourteen-)bit entries
+};
+
 // Activations of T tokens. Columns beyond K are zero in `codes`.
 struct QuantizedRows {
   std::size_t tokens;
@@ -55,6 +65,9 @@ struct Output {
   std::size_t stride;
   bool add;
   const float* bias;  // f32[N] or null
+
+  // The same for a matrix whose first row is this one's `row`.
+  Output from(std::size_t row) const { return {data + row, stride, add, bias ? bias + row : nullptr}; }
 };
 
 // Rows [begin, end) of a quantized matrix times all tokens of x. `scratch` is this thread's own, kScratchBytes long,
@@ -72,7 +85,17 @@ struct Kernels {
   void (*quantize)(const float* x, std::size_t columns, std::int8_t* codes, float* scales, float* sum);
   LinearFunction gemv[9];  // by bits: one token
   LinearFunction gemm[9];  // by bits: any number of tokens
+  // The two-part table of one row of cells -> entries u8[2][2^bits]; null: plain C++ will do.
+  void (*make_table)(const Cells&, int bits, std::uint8_t* entries) = nullptr;
 };
+
+// Of residual index r (bit-reversed) at `bits`: the factor of step * ladder.
+inline int cell_grid(unsigned r, int bits) {
+  const unsigned n = 1u << (bits - 4);
+  unsigned plain = 0;
+  for (int i = 0; i < bits - 4; ++i) plain |= ((r >> i) & 1u) << (bits - 5 - i);
+  return (2 * static_cast<int>(plain) + 1 - static_cast<int>(n)) * static_cast<int>(16 / n);
+}
 
 // Every set that was compiled in; `supported` says whether this processor runs it.
 const Kernels& scalar_kernels();

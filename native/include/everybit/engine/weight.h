@@ -16,27 +16,38 @@ namespace everybit::engine {
 // to kBytePrefillBits. fast: byte tables everywhere.
 enum class Mode : std::uint8_t { exact, standard, fast };
 
-// With so many tokens a step is a prompt, bound by arithmetic: at low precisions one byte per table entry halves the
-// work and adds under 1 % of a row's spread, an order below the quantization error (docs/design/0002).
+// With so many tokens a step is a prompt, bound by arithmetic: one byte per table entry halves the work and adds under
+// 1 % of a row's spread, about what int8 activations add (docs/design/0002).
 constexpr std::size_t kPrefillTokens = 32;
-constexpr int kBytePrefillBits = 4;
 
-// The tables of one weight at one precision.
+// The tables of one weight at one precision: kept as the kernels want them, or, where a codebook of cells says them in 44
+// bytes a row, made for a few rows at a time just before these are multiplied (512 bytes a row of an 8-bit table would be
+// a quarter of what is read). What is made so is the same, entry for entry, as what would be kept.
 class PreparedTables {
  public:
   // values f32[rows][2^bits], in the container's code order. Needs: finite. Cost: rows * 2^bits * (1 or 2) bytes, and
   // in exact mode 4.
   PreparedTables(const float* values, std::size_t rows, int bits, Mode mode, const Kernels& kernels, int threads);
+  // records u8[rows][44] of a codebook of cells (docs/spec.md). Needs: bits 5..8, mode not exact, values finite.
+  PreparedTables(const std::uint8_t* records, std::size_t rows, int bits, const Kernels& kernels);
 
-  Tables standard(std::size_t row) const;  // from `row` on
-  Tables bytes(std::size_t row) const;     // the high parts alone
+  bool made_on_the_fly() const { return !cells_.empty(); }
+  // Kept tables from `row` on; `bytes`: the high parts alone.
+  Tables kept(std::size_t row, bool bytes) const;
+  // Tables of rows [row, row + count), made in `room`; entry 0 belongs to `row`.
+  Tables make(std::size_t row, std::size_t count, bool bytes, void* room) const;
+  static constexpr std::size_t kMadeRows = 24;  // whole tiles of every kernel, and 12 KiB of tables in L1
+  static constexpr std::size_t kRoomBytes = kMadeRows * (512 + 8);
+
   const float* values(std::size_t row) const { return values_.data() + (row << bits_); }
   std::size_t size_bytes() const;
 
  private:
   int bits_, parts_;
+  const Kernels& kernels_;
   std::vector<std::uint8_t> entries_;
   std::vector<float> lines_, byte_lines_, values_;
+  std::vector<Cells> cells_;
 };
 
 struct Weight {
