@@ -85,11 +85,11 @@ def codebook(spec: TensorSpec, bits: int, scales: Array) -> Array:
     if spec.dtype == "F32" and width == 2:  # affine: scale and offset of an even grid out to 2.5 sigma
         step = 5 / ((1 << bits) - 1)
         return np.stack([scales * step, scales * -2.5], axis=1).astype(np.float32)
-    if spec.dtype == "U8" and width == 44:  # cells: 16 f16 centres, 16 nibbles of ladder - 1, an f32 step
+    if spec.dtype == "U8" and width == 44:  # cells: 16 f16 centres, 16 nibbles of ladder - 1 (0 to 7), an f32 step
         ends = quantiles(256).reshape(16, 16)
         half = (ends[:, -1] - ends[:, 0]) / 2 * 16 / 15  # of a cell; value = centre + step * ladder * 16 at its edge
-        step = half.max() / 256
-        ladder = np.clip(np.rint(half / (16 * step)), 1, 16).astype(np.uint8) - 1
+        step = half.max() / 128
+        ladder = np.clip(np.rint(half / (16 * step)), 1, 8).astype(np.uint8) - 1
         record = np.empty((rows, 44), np.uint8)
         record[:, :32] = (scales[:, None] * ends.mean(axis=1)).astype("<f2").view(np.uint8)
         record[:, 32:40] = ladder[::2] | ladder[1::2] << 4

@@ -12,7 +12,9 @@
 #include "everybit/planes.h"
 #include "everybit/solver.h"
 
+void bind_cells(nb::module_& m);
 void bind_engine(nb::module_& m);
+void bind_probe(nb::module_& m);
 
 namespace {
 
@@ -122,5 +124,7 @@ NB_MODULE(_native, m) {
   define_solver<everybit::solve_tree, false>(m, "solve_tree");
   define_solver<everybit::solve_uniform, true>(m, "solve_uniform");
   m.def("find_bad_row", &bind_find_bad_row, "values"_a.noconvert(), "refuse_negative"_a, "threads"_a);
+  bind_cells(m);
   bind_engine(m);
+  bind_probe(m);
 }

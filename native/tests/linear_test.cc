@@ -255,9 +255,9 @@ class Checker {
     }
     if (!(ratio <= worst.ratio)) worst = {ratio, text};
   }
-  void require(bool held, const char* what, const Kernels& set, std::size_t columns) {
+  void require(bool held, const char* what, const Kernels& set, std::size_t columns, int input = -1) {
     if (held) return;
-    if (++failures <= 20) std::printf("FAIL %s: %s (K %zu)\n", set.name, what, columns);
+    if (++failures <= 20) std::printf("FAIL %s: %s (K %zu, input %d)\n", set.name, what, columns, input);
   }
 };
 
@@ -350,6 +350,7 @@ void check_shape(const std::vector<const Kernels*>& sets, const Shape& shape, co
 // Codes and scales are the scalar's to the bit; x = scale * code to half a step.
 void check_quantize(const std::vector<const Kernels*>& sets, std::size_t columns, Random& random, Checker& checker) {
   const std::size_t blocks = (columns + kBlock - 1) / kBlock;
+  // Inputs: 0 normal, 1 ties, 2 of all magnitudes, 3 groups of zeros, 4 denormal, 5 the largest, 6 NaN, 7 infinity.
   for (int kind = 0; kind < 8; ++kind) {
     Guarded<float> x(columns);
     std::normal_distribution<float> normal;
@@ -400,16 +401,16 @@ void check_quantize(const std::vector<const Kernels*>& sets, std::size_t columns
       std::memset(codes.data(), 55, codes.size());
       set->quantize(x.data(), columns, codes.data(), scales.data(), &found_sum);
       checker.require(std::memcmp(codes.data(), wanted.data(), wanted.size()) == 0, "other codes than scalar", *set,
-                      columns);
+                      columns, kind);
       bool same = true;
       for (std::size_t g = 0; g < scales.size(); ++g)
         same = same && (scales[g] == wanted_scales[g] || (std::isnan(scales[g]) && std::isnan(wanted_scales[g])));
-      checker.require(same, "other scales than scalar", *set, columns);
+      checker.require(same, "other scales than scalar", *set, columns, kind);
       const double groups = static_cast<double>(blocks * kGroups);
       const bool close = std::isfinite(wanted_sum)
                              ? std::abs(found_sum - sum) <= (groups + 4) * FLT_EPSILON / 2 * magnitude
                              : !std::isfinite(found_sum);
-      checker.require(close, "another sum", *set, columns);
+      checker.require(close, "another sum", *set, columns, kind);
     }
   }
 }

@@ -23,6 +23,16 @@ def solve_upscale(
 solve_tree = solve_upscale
 solve_uniform = solve_upscale
 
+def solve_cells(
+    weights: NDArray[np.float32],
+    sensitivity: NDArray[np.float32] | None,
+    bits: Sequence[int],
+    codes: NDArray[np.uint8],
+    centres: Sequence[NDArray[np.float32]],
+    ladders: Sequence[NDArray[np.uint8]],
+    steps: Sequence[NDArray[np.float32]],
+    threads: int,
+) -> None: ...
 def find_bad_row(values: NDArray[np.float32], refuse_negative: bool, threads: int) -> int: ...
 
 # The engine (native/src/bind_engine.cc).
@@ -176,7 +186,6 @@ def sample(
 # The probe (native/src/bind_probe.cc).
 
 def read_bandwidth(threads: int) -> float: ...
-def measure_bandwidth(
-    kernel: str, threads: int, array_bytes: int, runs: int
-) -> tuple[float, float]: ...  # best and median GB/s
-def last_level_cache() -> int: ...  # bytes, 0 where the system does not say
+def measure_bandwidth(kernel: str, threads: int, array_bytes: int, runs: int) -> tuple[float, float]: ...
+def last_level_cache() -> int: ...
+def stream_array_bytes() -> int: ...

@@ -44,6 +44,38 @@ def test_quantize_reports_and_dry_run_agrees(tiny_llama: Path, tmp_path: Path, c
     assert (planned["dry_run"], done["dry_run"]) == (True, False)
 
 
+def test_codebooks_above_four_bits(tiny_llama: Path, tmp_path: Path, capsys: Any) -> None:
+    bpw = {}
+    for name, options in {"cells": (), "table": ("--codebook", "table"), "affine": ("--solver", "uniform")}.items():
+        report = json.loads(run(capsys, "quantize", tiny_llama, tmp_path / name, "--bits", "4,8", "--json", *options))
+        bpw[name] = {row["bits"]: row["bpw"] for row in report["rows"]}
+        document = json.loads(run(capsys, "inspect", tmp_path / name, "--json"))
+        assert document["format_version"] == (2 if name == "cells" else 1)
+        assert {layer["codebook"] for layer in document["layers"]} == {document["codebook"]} == {name}
+        assert f"codebook `{name}`" in (tmp_path / name / "README.md").read_text()
+        assert [row["bpw"] for row in document["sizes"]["rows"]] == list(bpw[name].values())
+    assert bpw["cells"][4] == bpw["table"][4]
+    # 44 bytes a row in place of 512: 11 bits of a record and 128 of a table beside each 32 weights of a row.
+    assert bpw["table"][8] - 8 == pytest.approx((bpw["cells"][8] - 8) * 512 / 44)
+    low = json.loads(run(capsys, "quantize", tiny_llama, tmp_path / "low", "--bits", "2-4", "--json"))
+    assert low["quantized_parameters"]
+    assert json.loads(run(capsys, "inspect", tmp_path / "low", "--json"))["format_version"] == 1
+
+
+def test_uniform_has_a_codebook_of_its_own(tiny_llama: Path, tmp_path: Path, capsys: Any) -> None:
+    for option in (("--codebook", "cells"), ("--table-dtype", "float32")):
+        line = refused(capsys, "quantize", tiny_llama, tmp_path / "out", "--solver", "uniform", *option)
+        assert f"{option[0]} has no effect with --solver uniform, which stores no tables: drop it" in line
+
+
+def test_a_weight_of_few_bits_in_an_overlay_of_cells(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    everybit.quantize(tiny_llama, out, bits=(4, 8), override={"down_proj": (3,)}, progress=False)
+    kinds = {name.split(".")[-2]: spec.codebook for name, spec in everybit.load(out).overlay.weights.items()}
+    assert kinds["down_proj"] == "table"
+    assert set(kinds.values()) == {"table", "cells"}
+
+
 def test_self_calibration_is_seeded(tiny_llama: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         everybit.quantize(
@@ -90,10 +122,51 @@ def test_generate_stops_at_the_context(overlay: Path, capsys: Any) -> None:
         (("--temperature", "-1"), "--temperature -1.0: expected 0, or 0.01 to 100"),
         (("--temperature", "nan"), "--temperature nan: expected 0, or 0.01 to 100"),
         (("--top-p", "0"), "--top-p 0.0: expected above 0"),
+        (("--temperature", "1", "--top-k", "-1"), "--top-k -1: expected 0 (off) or a whole number above"),
+        (("--min-p", "0.1"), "--min-p has no effect at temperature 0"),
+        (("--repetition-penalty", "0"), "--repetition-penalty 0.0: expected 0.01 to 100"),
+        (("--threads", "-1"), "-1 threads arrived, expected 0 (one per processor) to"),
+        (("--threads", "1000"), "1000 threads arrived, expected 0 (one per processor) to"),
+        (("--isa", "foo"), "instruction set 'foo' arrived"),
+        (("--pin", "1-0"), "'1-0' is not a list of processors such as 0,2-3"),
+        (("--pin", "9999"), "9999"),
+        (("--mode", "quick"), "invalid choice: 'quick'"),
+        (("--context", "129"), "a context of 129 tokens"),
+        (("--context", "2"), "the prompt has 4 tokens, expected 1 to 1 (the context is 2)"),
     ],
 )
 def test_generate_refusals(overlay: Path, capsys: Any, arguments: tuple[str, ...], message: str) -> None:
     assert message in refused(capsys, "generate", overlay, "--prompt", "The", *arguments)
+
+
+def test_generate_options(overlay: Path, capsys: Any) -> None:
+    arguments = ("generate", overlay, "--prompt", "The", "--max-tokens", 8, "--json")
+    drawn = ("--temperature", 1.5, "--seed", 5)
+    plain, *others = (
+        json.loads(run(capsys, *arguments, *drawn, *more))["text"]
+        for more in ((), ("--top-k", 3), ("--top-p", 0.2), ("--min-p", 0.5), ("--presence-penalty", 2))
+    )
+    assert all(text != plain for text in others)
+    greedy = json.loads(run(capsys, *arguments))
+    assert json.loads(run(capsys, *arguments, *drawn, "--top-k", 1))["text"] == greedy["text"]
+    penalized = json.loads(run(capsys, *arguments, "--repetition-penalty", 100))
+    assert len(set(penalized["text"])) == 8 or penalized["text"] != greedy["text"]
+    threads = ("--threads", 2, "--pin", "0", "--isa", "scalar", "--mode", "exact", "--kv-dtype", "float32")
+    document = json.loads(run(capsys, *arguments, *threads, "--debug-numerics"))
+    assert (document["threads"], document["isa"], document["mode"]) == (2, "scalar", "exact")
+    assert document["text"] == json.loads(run(capsys, *arguments, "--mode", "exact", "--kv-dtype", "float32"))["text"]
+    assert document["prefill_s"] > 0
+    assert document["tokens_per_s"] == pytest.approx((document["new_tokens"] - 1) / document["decode_s"])
+
+
+def test_generate_says_what_it_runs_on(overlay: Path, capsys: Any) -> None:
+    assert (
+        main(["generate", str(overlay), "--prompt", "The", "--bits", "2", "--max-tokens", "2", "--threads", "1"]) == 0
+    )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(", 1 thread, default mode, 2 bits")
+    document = json.loads(run(capsys, "generate", overlay, "--prompt", "x" * 120, "--context", 124, "--json"))
+    assert (document["prompt_tokens"], document["new_tokens"], document["reason"]) == (121, 3, "context")
 
 
 def test_inspect(overlay: Path, capsys: Any) -> None:
@@ -118,9 +191,12 @@ def test_inspect_finds_a_flipped_bit(overlay: Path, tmp_path: Path, capsys: Any)
     assert "the file is damaged, download it again" in refused(capsys, "inspect", tmp_path)
 
 
-def test_a_float_model_is_not_an_overlay(tiny_llama: Path, capsys: Any) -> None:
-    assert "everybit quantize" in refused(capsys, "generate", tiny_llama, "--prompt", "x")
+def test_a_float_model_generates_and_is_not_an_overlay(tiny_llama: Path, capsys: Any) -> None:
+    document = json.loads(run(capsys, "generate", tiny_llama, "--prompt", "x", "--max-tokens", 3, "--json"))
+    assert (document["bits"], document["new_tokens"]) == (None, 3)
+    assert "everybit quantize" in refused(capsys, "generate", tiny_llama, "--prompt", "x", "--bits", "4")
     assert "everybit quantize" in refused(capsys, "inspect", tiny_llama)
+    assert "everybit quantize" in refused(capsys, "eval", tiny_llama, "--text", __file__)
 
 
 def test_unneeded_planes_are_never_read(overlay: Path) -> None:

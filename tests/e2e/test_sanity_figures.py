@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from everybit import evaluate as ev
+from everybit.tokenizer import Tokenizer
+
+CONTEXT = {"stories260k": 512, "babyllama-105": 256, "bitllama-3m": 512}
 
 
 @pytest.mark.parametrize(
@@ -27,13 +28,11 @@ def test_float_perplexity(
     shared_data: Path, name: str, stories: int | None, tokens: int, ppl: float, bits_per_byte: float | None
 ) -> None:
     folder = shared_data / "models" / name
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     documents = ev.read_documents(shared_data / "text" / "tinystories_a.txt")[:stories]
-    windows = ev.windows(
-        AutoTokenizer.from_pretrained(folder), documents, ev.context_length(model.config), truncate=True
-    )
+    with ev.EngineModel.open(folder, CONTEXT[name]) as model:
+        windows = ev.windows(Tokenizer.open(folder), documents, CONTEXT[name], truncate=True)
+        report = ev.evaluate(model, (8,), windows, set_precision=lambda bits: None, progress=False)
     assert windows.tokens == tokens
-    report = ev.evaluate(model, (8,), windows, set_precision=lambda bits: None, progress=False)
     assert report.rows[0].ppl == pytest.approx(ppl, abs=5.1e-5)  # half a unit of the figure's last decimal
     if bits_per_byte is not None:
         assert report.rows[0].bits_per_byte == pytest.approx(bits_per_byte, abs=5.1e-5)

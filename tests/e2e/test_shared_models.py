@@ -12,6 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import everybit
 from everybit import evaluate
+from everybit.engine.generate import generate
+from everybit.engine.runtime import Runtime
+from everybit.engine.sampling import Sampling
+from everybit.tokenizer import Tokenizer
 
 MODELS = ("stories260k", "babyllama-105", "bitllama-3m")
 TOKENS = 6_000
@@ -49,14 +53,11 @@ def overlays(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 @pytest.mark.parametrize("name", MODELS)
 def test_quality_at_every_precision(name: str, solver: str, shared_data: Path, overlays: Any) -> None:
     folder = shared_data / "models" / name
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = everybit.load(overlays[name, solver], dtype=torch.float32)
     documents = evaluate.read_documents(shared_data / "text" / "tinystories_a.txt")
-    windows = evaluate.windows(
-        AutoTokenizer.from_pretrained(folder), documents[-60:], 256, truncate=True, max_tokens=TOKENS
-    )
+    windows = evaluate.windows(Tokenizer.open(folder), documents[-60:], 256, truncate=True, max_tokens=TOKENS)
+    model, reference = (evaluate.EngineModel.open(path, 256) for path in (overlays[name, solver], folder))
     report = evaluate.evaluate(
-        model, model.overlay.bits, windows, reference, set_precision=model.set_precision, progress=False
+        model, model.bits, windows, reference, set_precision=model.set_precision, progress=False, threads=2
     )
     assert report.reference is not None
     kl = [row.kl_mean for row in report.rows]
@@ -91,3 +92,14 @@ def test_regression_text_at_eight_bits(name: str, shared_data: Path, overlays: A
     count = len(tokenizer(expected)["input_ids"])
     out = model.generate(**ids, max_length=count, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     assert tokenizer.decode(out[0], skip_special_tokens=True).strip() == expected
+
+
+@pytest.mark.parametrize("mode", ["exact", "default"])
+@pytest.mark.parametrize("name", MODELS)
+def test_regression_text_from_the_engine(name: str, mode: str, shared_data: Path, overlays: Any) -> None:
+    for folder, bits in ((overlays[name, "tree"], 8), (shared_data / "models" / name, None)):
+        tokenizer = Tokenizer.open(folder)
+        prompt, whole = tokenizer.encode("Once upon a time"), tokenizer.encode(CONTINUATIONS[name])
+        with Runtime.open(folder, mode=mode, threads=2) as runtime:
+            written = list(generate(runtime, prompt, Sampling(temperature=0), len(whole) - len(prompt), bits))
+        assert tokenizer.decode([*prompt, *written]).strip() == CONTINUATIONS[name]

@@ -1,4 +1,7 @@
-"""Writes the golden overlay: `python -m tests.golden.make`. Run it only when format_version changes."""
+"""Writes the golden overlay of today's version: `python -m tests.golden.make`. Run it only when format_version changes.
+
+Those of earlier versions stay as they were written.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,13 @@ from everybit.formats import Overlay
 from everybit.kernels import dequantize
 from tests.unit import formats_tiny
 
-FOLDER = Path(__file__).parent / "overlay"
-VALUES = Path(__file__).parent / "values.json"
+HERE = Path(__file__).parent
+VERSIONS = {"overlay": formats_tiny.write, "overlay-2": formats_tiny.write_cells}
+
+
+def values_of(name: str) -> Path:
+    """Where the values of a golden overlay are."""
+    return HERE / f"{name.replace('overlay', 'values')}.json"
 
 
 def decode(folder: Path) -> dict[str, list[list[float]]]:
@@ -25,6 +33,7 @@ def decode(folder: Path) -> dict[str, list[list[float]]]:
 
 
 if __name__ == "__main__":
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    formats_tiny.write(FOLDER)
-    VALUES.write_text(json.dumps(decode(FOLDER)) + "\n")
+    newest = list(VERSIONS)[-1]
+    shutil.rmtree(HERE / newest, ignore_errors=True)
+    VERSIONS[newest](HERE / newest)
+    values_of(newest).write_text(json.dumps(decode(HERE / newest)) + "\n")

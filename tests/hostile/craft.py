@@ -18,8 +18,13 @@ from everybit.formats import Overlay
 SIZES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 
-def honest_config() -> dict[str, Any]:
-    """The config.json of the overlay that `Shard` holds by default."""
+def honest_config(cells: bool = False) -> dict[str, Any]:
+    """The config.json of the overlay that `Shard` holds by default; of version 2 with a third weight for `cells`."""
+    if cells:
+        found = honest_config()
+        found["quantization_config"]["format_version"] = 2
+        found["quantization_config"]["weights"]["c.weight"] = {"shape": [2, 8], "bits": [4, 6], "codebook": "cells"}
+        return found
     return {
         "model_type": "llama",
         "quantization_config": {
@@ -36,8 +41,18 @@ def honest_config() -> dict[str, Any]:
     }
 
 
-def honest_tensors() -> dict[str, tuple[str, list[int], bytes]]:
+def honest_tensors(cells: bool = False) -> dict[str, tuple[str, list[int], bytes]]:
     """Dtype, shape and bytes of every tensor, widest items first so that each is aligned."""
+    if cells:
+        record = np.zeros((2, 44), np.uint8)
+        record[:, 32:40] = 0x70  # ladders 1 and 8
+        record[:, 40:] = np.frombuffer(np.array([0.5], "<f4").tobytes(), np.uint8)
+        return {
+            "c.weight_lut4": ("F16", [2, 16], np.linspace(-1, 1, 32).astype("<f2").tobytes()),
+            "c.weight_cells6": ("U8", [2, 44], record.tobytes()),
+            **honest_tensors(),
+            **{f"c.weight_plane{k}": ("U8", [2, 1], bytes([37 * k, 91])) for k in range(6)},
+        }
     rng = np.random.default_rng(0)
     shapes: dict[str, tuple[str, list[int]]] = {
         "e.weight_affine2": ("F32", [2, 2, 2]),
@@ -83,12 +98,12 @@ class Shard:
 
 
 class Folder:
-    """An overlay folder in parts: one shard by default, or several with an index."""
+    """An overlay folder in parts: one shard by default, or several with an index; of version 2 with `cells`."""
 
-    def __init__(self, split: bool = False) -> None:
-        self.config = honest_config()
+    def __init__(self, split: bool = False, cells: bool = False) -> None:
+        self.config = honest_config(cells)
         self.index: dict[str, Any] | None = None
-        tensors = honest_tensors()
+        tensors = honest_tensors(cells)
         if not split:
             self.shards = {"model.safetensors": Shard(tensors)}
             return

@@ -92,10 +92,10 @@ def test_a_config_of_a_hundred_megabytes(tmp_path: Path) -> None:
 
 def test_a_newer_format(tmp_path: Path) -> None:
     crafted = Folder()
-    crafted.quantization.update(format_version=2, bits="a new syntax", new_key=1)
+    crafted.quantization.update(format_version=3, bits="a new syntax", new_key=1)
     refuse(
         crafted.save(tmp_path / "o"),
-        r"config\.json: quantization_config: format_version 2 arrived, this everybit reads up to 1: "
+        r"config\.json: quantization_config: format_version 3 arrived, this everybit reads up to 2: "
         "this file needs a newer everybit, upgrade it",
     )
 
@@ -165,6 +165,56 @@ def test_reserved_names_of_unlisted_weights(tmp_path: Path) -> None:
         crafted = Folder()
         crafted.shards["model.safetensors"] = Shard({**honest_tensors(), name: ("U8", [1], b"\0")})
         refuse(crafted.save(tmp_path / name), f"tensor '{name}' belongs to no weight and precision in the config")
+
+
+def test_names_of_a_later_version_are_reserved_from_then_on(tmp_path: Path) -> None:
+    crafted = Folder()
+    crafted.shards["model.safetensors"] = Shard({**honest_tensors(), "x_cells5": ("U8", [1], b"\0")})
+    Overlay.open(crafted.save(tmp_path / "one")).verify_all()
+    crafted.quantization["format_version"] = 2
+    refuse(crafted.save(tmp_path / "two"), "tensor 'x_cells5' belongs to no weight and precision in the config")
+
+
+# Codebooks of kind cells
+
+RECORDS: list[tuple[str, int, bytes, str]] = [
+    ("a ladder of 9", 39, b"\x80", "row 0 has 8, expected a nibble of 0 to 7"),
+    ("a ladder of 16", 32, b"\x0f", "row 0 has 15, expected a nibble of 0 to 7"),
+    ("a negative step", 40, b"\0\0\x80\xbf", "row 0 has -1.0, expected a finite step, 0 or more"),
+    ("a step that is no number", 40, b"\0\0\xc0\x7f", "row 0 has nan, expected a finite step"),
+    ("an infinite step", 40, b"\0\0\x80\x7f", "row 0 has inf, expected a finite step"),
+    ("an infinite centre", 0, b"\0\x7c", "row 0 has a value that is not finite"),
+    ("a centre that is no number", 30, b"\0\x7e", "row 0 has a value that is not finite"),
+    ("values that overflow", 40, b"\xff\xff\x7f\x7f", "row 0 has a value that is not finite"),
+]
+
+
+@pytest.mark.parametrize(
+    ("place", "data", "message"), [case[1:] for case in RECORDS], ids=[case[0] for case in RECORDS]
+)
+def test_records_that_lie(tmp_path: Path, place: int, data: bytes, message: str) -> None:
+    tensors = honest_tensors(cells=True)
+    dtype, shape, honest = tensors["c.weight_cells6"]
+    tensors["c.weight_cells6"] = (dtype, shape, honest[:place] + data + honest[place + len(data) :])
+    crafted = Folder(cells=True)
+    Overlay.open(crafted.save(tmp_path / "honest")).verify_all()
+    crafted.shards["model.safetensors"] = Shard(tensors)
+    refuse(crafted.save(tmp_path / "o"), rf"tensor 'c\.weight_cells6': {message}")
+
+
+def test_cells_in_version_one(tmp_path: Path) -> None:
+    crafted = Folder(cells=True)
+    crafted.quantization["format_version"] = 1
+    refuse(crafted.save(tmp_path / "o"), "format_version 1 arrived beside a codebook kind that came with")
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("F16", [2, 22]), ("U8", [1, 88]), ("U8", [2, 4, 11])])
+def test_records_of_another_shape_or_dtype(tmp_path: Path, dtype: str, shape: list[int]) -> None:
+    tensors = honest_tensors(cells=True)
+    tensors["c.weight_cells6"] = (dtype, shape, tensors["c.weight_cells6"][2])
+    crafted = Folder(cells=True)
+    crafted.shards["model.safetensors"] = Shard(tensors)
+    refuse(crafted.save(tmp_path / "o"), r"'c\.weight_cells6' is .*, expected U8 \[2, 44\]")
 
 
 # The index and its shards

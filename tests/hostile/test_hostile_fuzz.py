@@ -30,7 +30,22 @@ FIRST = "model-00001-of-00002.safetensors"
 # What a JSON value is replaced by: each type, the edges of each number, names that lead elsewhere.
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 8, 9, 2**31, 2**53 + 1, 2**63, 2**64, -(2**63), 10**400, 0.5, 1e308),
-    *("", "U8", "F16", "F32", "I64", "table", "affine", "everybit", "a.weight", "../x", "/etc/passwd", "\0", "\ud800"),
+    *(
+        "",
+        "U8",
+        "F16",
+        "F32",
+        "I64",
+        "table",
+        "affine",
+        "cells",
+        "everybit",
+        "a.weight",
+        "../x",
+        "/etc/passwd",
+        "\0",
+        "\ud800",
+    ),
     *([], {}, [[]], [1, 2], [2, 3], [3, 2], [0, 6], [-1, 6], {"shape": [3, 16]}, ["x"], [None]),
 ]
 KEYS = ["", "bits", "shape", "dtype", "__metadata__", "a.weight", "x_plane0", "sha256:x", "\ud800", "x" * 300]
@@ -109,11 +124,10 @@ def _watchdog(seconds: float, case: str) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _mutate(folder: Path, split: bool, random_: random.Random) -> tuple[str, Callable[[], None]]:
-    """Damages one file of an honest folder; says how, and how to undo it."""
-    crafted = Folder(split)
-    shard = FIRST if split else "model.safetensors"
-    name = random_.choices(["config.json", shard, INDEX if split else shard], [2, 4, 1])[0]
+def _mutate(folder: Path, crafted: Folder, random_: random.Random) -> tuple[str, Callable[[], None]]:
+    """Damages one file of an honest folder; says how, and how to undo it. Mutates: `crafted`."""
+    shard = FIRST if crafted.index else "model.safetensors"
+    name = random_.choices(["config.json", shard, INDEX if crafted.index else shard], [2, 4, 1])[0]
     path = folder / name
     honest = path.read_bytes()
     notes = []
@@ -139,11 +153,11 @@ def _put(path: Path, raw: bytes) -> None:
 
 def test_mutations(tmp_path: Path) -> None:
     opened, outcomes, random_ = Opened(), Counter[str](), random.Random(SEED)
-    folders = [Folder(split).save(tmp_path / str(split)) for split in (False, True)]
+    kinds: list[dict[str, bool]] = [{}, {"split": True}, {"cells": True}]
+    folders = [Folder(**kind).save(tmp_path / str(number)) for number, kind in enumerate(kinds)]
     for number in range(CASES):
-        split = number % 2 == 1
-        folder = folders[split]
-        note, undo = _mutate(folder, split, random_)
+        folder = folders[number % 3]
+        note, undo = _mutate(folder, Folder(**kinds[number % 3]), random_)
         case = f"case {number} ({note})"
         opened.paths.clear()
         with _watchdog(10, case):

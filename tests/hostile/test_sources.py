@@ -174,6 +174,8 @@ def test_missing_calibration_file(tmp_path: Path, model: Path) -> None:
         ({"ignore": ["."]}, "no layer is left to quantize"),
         ({"override": {"no_such_layer": (4,)}}, "matches no layer"),
         ({"table_dtype": "int3"}, "unknown table dtype"),
+        ({"codebook": "nf4"}, "unknown codebook 'nf4': expected cells or table"),
+        ({"codebook": "cells", "solver": "uniform"}, "codebook 'cells' has no effect with the solver uniform"),
         ({"calibration_sequences": 0, "calibration": "self"}, "expected 1 or more"),
     ],
 )
@@ -186,8 +188,11 @@ def test_weights_beyond_float16_tables(tmp_path: Path, model: Path) -> None:
         tensors["model.layers.0.mlp.up_proj.weight"] *= 1e7
 
     edit(model, enlarge)
-    refuse(model, SourceError, "overflow a float16 codebook: use --table-dtype float32", tmp_path)
-    everybit.quantize(model, tmp_path / "out", table_dtype="float32", progress=False)
+    advice = "overflow a float16 codebook: use --codebook table --table-dtype float32"
+    refuse(model, SourceError, advice, tmp_path)
+    refuse(model, SourceError, advice, tmp_path, table_dtype="float32")  # the centres of cells are float16 always
+    refuse(model, SourceError, "overflow a float16 codebook: use --table-dtype", tmp_path, codebook="table")
+    everybit.quantize(model, tmp_path / "out", codebook="table", table_dtype="float32", progress=False)
 
 
 def test_a_layer_of_zeros_is_kept_exactly_and_named(tmp_path: Path, model: Path) -> None:

@@ -1,4 +1,6 @@
-"""A tiny overlay for the tests of formats: two weights of both codebook kinds, and two tensors left plain."""
+"""Tiny overlays for the tests of formats: two weights of the kinds of version 1 and two tensors left plain; and one of
+version 2, with a weight of kind cells.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everybit.formats import OverlayWriter, QuantizationConfig, TensorSpec, WeightSpec
+from everybit.formats.codebooks import Cells
 
 BITS = (2, 3, 4)
 TABLE = WeightSpec("a.weight", (6, 20), BITS)
@@ -55,3 +58,33 @@ def write(folder: Path, shard_bytes: int = 1 << 30, tensors: dict[str, NDArray[A
 def fingerprint(folder: Path) -> dict[str, str]:
     """The sha256 of every file."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+CELLS = WeightSpec("c.weight", (2, 2, 24), (3, 5, 8), "cells")
+CELLS_CONFIG = {
+    "model_type": "llama",
+    "quantization_config": QuantizationConfig(CELLS.bits, "cells", {"c.weight": CELLS}).to_dict(),
+}
+
+
+def cells_arrays(seed: int = 0) -> dict[str, NDArray[Any]]:
+    """Every tensor of the overlay of version 2."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, NDArray[Any]] = {}
+    for name, spec in CELLS.tensors().items():
+        if "_plane" in name:
+            found[name] = rng.integers(0, 256, spec.shape, np.uint8)
+        elif "_lut" in name:
+            found[name] = rng.normal(size=spec.shape).astype(spec.numpy)
+        else:
+            parts = (rng.normal(size=(4, 16)).astype(np.float32), rng.integers(1, 9, (4, 16), np.uint8))
+            found[name] = Cells.pack(*parts, rng.random(4, np.float32)).reshape(spec.shape)
+    return found
+
+
+def write_cells(folder: Path, tensors: dict[str, NDArray[Any]] | None = None) -> Path:
+    """Writes the whole overlay of version 2."""
+    with OverlayWriter(folder, CELLS.tensors(), CELLS_CONFIG) as writer:
+        writer.write_group("c.weight", tensors or cells_arrays())
+        writer.finish()
+    return folder

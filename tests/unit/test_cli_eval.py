@@ -1,50 +1,23 @@
-"""`everybit eval` in front of a stand-in overlay: order of refusals, streams, the JSON document, the plot."""
+"""`everybit eval`: order of refusals, streams, the JSON document, the plot."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import pytest
 
 import everybit
-from everybit import formats
 from everybit.cli.main import main
-from everybit.formats.sizes import Size, SizeReport
+from everybit.formats import Overlay
 
 
-class StandIn:
-    """An overlay of 2, 4 and 8 bits; also its own context manager."""
-
-    bits = (2, 4, 8)
-
-    def __enter__(self) -> StandIn:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        return None
-
-    def sizes(self) -> SizeReport:
-        return SizeReport(1000, 0, 0, 0.0, Size(32.0, 4000), {b: Size(b + 0.5, b * 1000) for b in self.bits})
-
-
-@pytest.fixture
-def overlay(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A float model posing as an overlay: every precision is the float model, so KL is exactly zero."""
-
-    def load(folder: str, **kwargs: Any) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-        model.overlay, model.set_precision = StandIn(), lambda bits: None
-        print("a library talks on stdout")
-        return model
-
-    monkeypatch.setattr(formats.Overlay, "open", lambda folder: StandIn())
-    monkeypatch.setattr(everybit, "load", load, raising=False)
-    return str(tiny_llama)
+@pytest.fixture(scope="module")
+def overlay(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An overlay of 2, 4 and 8 bits."""
+    out = tmp_path_factory.mktemp("eval") / "overlay"
+    everybit.quantize(tiny_llama, out, bits=(2, 4, 8), progress=False)
+    return str(out)
 
 
 @pytest.fixture
@@ -54,19 +27,46 @@ def text(tmp_path: Path) -> str:
 
 
 def test_json_is_one_document_on_stdout(
-    overlay: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    overlay: str, tiny_llama: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plot = tmp_path / "q.svg"
-    assert main(["eval", overlay, "--text", text, "--reference", overlay, "--plot", str(plot), "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["float"]["bytes"] == 4000
-    assert document["float"]["bpw"] == 32
-    assert [(row["bits"], row["bpw"], row["bytes"], row["kl_mean"]) for row in document["rows"]] == [
-        (2, 2.5, 2000, 0.0),
-        (4, 4.5, 4000, 0.0),
-        (8, 8.5, 8000, 0.0),
+    assert main(["eval", overlay, "--text", text, "--reference", str(tiny_llama), "--plot", str(plot), "--json"]) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    with Overlay.open(overlay) as opened:
+        sizes = opened.sizes()
+    assert (document["float"]["bpw"], document["float"]["bytes"]) == (32, sizes.original.bytes)
+    assert [(row["bits"], row["bpw"], row["bytes"]) for row in document["rows"]] == [
+        (bits, size.bpw, size.bytes) for bits, size in sizes.rows.items()
     ]
+    kl = [row["kl_mean"] for row in document["rows"]]
+    assert kl[0] > 10 * kl[1] > 10 * kl[2] > 0
+    assert document["rows"][2]["ppl"] == pytest.approx(document["float"]["ppl"], rel=1e-2)
     assert plot.read_text().startswith("<?xml")
+    assert "thread" in err
+    assert "exact mode" in err
+
+
+def test_a_float_model_against_itself_is_exact(tiny_llama: Path, text: str) -> None:
+    from everybit import evaluate
+    from everybit.tokenizer import Tokenizer
+
+    windows = evaluate.windows(Tokenizer.open(tiny_llama), evaluate.read_documents(text), 128)
+    model, reference = (evaluate.EngineModel.open(tiny_llama, 128, threads=threads) for threads in (1, 2))
+    report = evaluate.evaluate(model, (8,), windows, reference, set_precision=lambda bits: None, progress=False)
+    assert (report.rows[0].kl_mean, report.rows[0].top1) == (0.0, 1.0)  # and threads change nothing
+
+
+def test_modes_are_told_apart(overlay: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for mode in ("exact", "default"):
+        assert main(["eval", overlay, "--text", text, "--json", "--mode", mode, "--threads", "1"]) == 0
+        out, err = capsys.readouterr()
+        assert f"1 thread, {mode} mode" in err
+        found.append([row["ppl"] for row in json.loads(out)["rows"]])
+    assert found[0] != found[1]
+    # Activations rounded to 8 bits: relative errors of 2^-8 that mostly cancel in sums of 48 and 88.
+    assert found[0] == pytest.approx(found[1], rel=0.02)
 
 
 def test_the_table_and_the_chosen_bits(overlay: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:

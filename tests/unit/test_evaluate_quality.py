@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from types import SimpleNamespace
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from numpy.typing import NDArray
 
 from everybit import evaluate as ev
 from everybit.errors import PrecisionError, ShapeError, SourceError
@@ -18,26 +19,33 @@ from everybit.evaluate import quality
 class Table:
     """A causal model whose next-token distribution depends on the current token alone; counts its calls."""
 
-    def __init__(self, rows: list[list[float]], vocab_size: int | None = None) -> None:
-        self.logits = torch.tensor(rows, dtype=torch.float64).log().float()
-        self.config = SimpleNamespace(vocab_size=vocab_size or len(rows[0]))
-        self.shapes: list[tuple[int, ...]] = []
+    def __init__(self, rows: list[list[float]], piece: int = 5) -> None:
+        self.logits = _logits(rows)
+        self.vocabulary = len(rows[0])
+        self.piece = piece
+        self.calls: list[list[int]] = []  # the lengths of the windows of each
 
-    def __call__(self, input_ids: torch.Tensor, /, *, use_cache: bool) -> SimpleNamespace:
-        self.shapes.append(tuple(input_ids.shape))
-        return SimpleNamespace(logits=self.logits[input_ids])
+    def score(self, windows: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
+        self.calls.append([len(window) for window in windows])
+        whole = self.logits[[token for window in windows for token in window[:-1]]]
+        yield from (whole[i : i + self.piece] for i in range(0, len(whole), self.piece))
 
 
 class Switched(Table):
     """A model with one table per precision."""
 
     def __init__(self, tables: dict[int, list[list[float]]]) -> None:
-        super().__init__(next(iter(tables.values())))
+        super().__init__(next(iter(tables.values())), piece=3)  # not the reference's
         self.tables, self.order = tables, list[int]()
 
     def set_precision(self, bits: int) -> None:
         self.order.append(bits)
-        self.logits = torch.tensor(self.tables[bits], dtype=torch.float64).log().float()
+        self.logits = _logits(self.tables[bits])
+
+
+def _logits(rows: list[list[float]]) -> NDArray[np.float32]:
+    with np.errstate(divide="ignore"):
+        return np.log(np.array(rows, np.float64)).astype(np.float32)
 
 
 SKEWED = [[0.5, 0.25, 0.125, 0.125], [0.125, 0.5, 0.25, 0.125], [0.25, 0.25, 0.25, 0.25], [0.125, 0.125, 0.25, 0.5]]
@@ -48,8 +56,8 @@ WINDOWS = ev.Windows([[0, 1, 2, 3], [1, 0, 0], [3, 3, 1]], text_bytes=10)
 # Scored transitions: 0>1 1>2 2>3 | 1>0 0>0 | 3>3 3>1
 
 
-def run(model: Switched, reference: Table | None, windows: ev.Windows = WINDOWS) -> ev.Report:
-    return ev.evaluate(model, (2, 8), windows, reference, set_precision=model.set_precision, progress=False)
+def run(model: Switched, reference: Table | None, windows: ev.Windows = WINDOWS, **options: Any) -> ev.Report:
+    return ev.evaluate(model, (2, 8), windows, reference, set_precision=model.set_precision, progress=False, **options)
 
 
 def test_perplexity_and_bits_per_byte_by_hand() -> None:
@@ -107,30 +115,38 @@ def test_a_perplexity_beyond_float_is_infinite_not_an_exception() -> None:
     assert run(Switched({2: nearly, 8: nearly}), None, ev.Windows([[0, 0]], 1)).rows[0].ppl == math.inf
 
 
-def test_nothing_is_padded_and_the_reference_runs_once_per_batch() -> None:
+def test_the_reference_runs_once_per_chunk() -> None:
     model, reference = Switched({2: UNIFORM, 8: SKEWED}), Table(SKEWED)
     run(model, reference)
-    assert reference.shapes == [(1, 4), (2, 3)]
-    assert model.shapes == reference.shapes * 2
+    assert reference.calls == [[4, 3, 3]]
+    assert model.calls == reference.calls * 2
     assert model.order == [2, 8]
 
 
-def test_small_chunks_batches_and_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_chunks_slices_and_more_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(Switched({2: OTHER, 8: SKEWED}), Table(SKEWED))
-    for name in ("CHUNK_BYTES", "BATCH_BYTES", "SLICE_BYTES"):
+    for name in ("CHUNK_BYTES", "SLICE_BYTES"):
         monkeypatch.setattr(quality, name, 1)
     model, reference = Switched({2: OTHER, 8: SKEWED}), Table(SKEWED)
-    for row, expected in zip(run(model, reference).rows, whole.rows, strict=True):
+    for row, expected in zip(run(model, reference, threads=3).rows, whole.rows, strict=True):
         assert dataclasses.astuple(row)[3:] == pytest.approx(dataclasses.astuple(expected)[3:], rel=1e-12)  # sum order
-    assert reference.shapes == [(1, 4), (1, 3), (1, 3)]
+    assert reference.calls == [[4], [3], [3]]
     assert model.order == [2, 8] * 3
 
 
 def test_chunks_hold_no_more_reference_logits_than_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "CHUNK_BYTES", 1000)
-    batches = [[[0] * 10]] * 7
-    chunks = list(quality._chunks(batches, vocabulary=10))  # 400 bytes each
+    chunks = list(quality._chunks([[0] * 11] * 7, vocabulary=10))  # 400 bytes each
     assert [len(chunk) for chunk in chunks] == [2, 2, 2, 1]
+
+
+def test_a_model_that_gives_too_few_rows_is_refused() -> None:
+    class Short(Table):
+        def score(self, windows: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
+            yield self.logits[:2]
+
+    with pytest.raises(ShapeError, match="the model gave 2 rows of logits for 7 scored tokens"):
+        ev.evaluate(Short(SKEWED), (8,), WINDOWS, set_precision=lambda bits: None, progress=False)
 
 
 def test_mistakes_are_named() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,10 +13,10 @@ from everybit.evaluate import context_length, read_documents, split_documents, w
 class Bytes:
     """A tokenizer of one token per byte after a BOS of 0."""
 
-    def __call__(self, text: str, /, *, verbose: bool) -> dict[str, list[int]]:
-        return {"input_ids": [0, *(b + 1 for b in text.encode())]}
+    def encode(self, text: str, /) -> list[int]:
+        return [0, *(b + 1 for b in text.encode())]
 
-    def decode(self, ids: list[int], /, *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+    def decode(self, ids: list[int], /, *, skip_special_tokens: bool) -> str:
         return bytes(i - 1 for i in ids if i).decode("utf-8", errors="replace")
 
 
@@ -84,16 +83,18 @@ def test_text_without_a_scorable_token_is_refused() -> None:
 class SimpleBos(Bytes):
     """Every text is one token."""
 
-    def __call__(self, text: str, /, *, verbose: bool) -> dict[str, list[int]]:
-        return {"input_ids": [0]}
+    def encode(self, text: str, /) -> list[int]:
+        return [0]
 
 
 def test_context_is_the_models_own_up_to_2048() -> None:
-    assert context_length(SimpleNamespace(max_position_embeddings=512)) == 512
-    assert context_length(SimpleNamespace(max_position_embeddings=131072)) == 2048
-    assert context_length(SimpleNamespace()) == 2048
-    assert context_length(SimpleNamespace(max_position_embeddings=131072), 4096) == 4096
+    assert context_length({"max_position_embeddings": 512}) == 512
+    assert context_length({"n_positions": 512}) == 512  # GPT-2's word for it
+    assert context_length({"text_config": {"max_position_embeddings": 512}}) == 512
+    assert context_length({"max_position_embeddings": 131072}) == 2048
+    assert context_length({}) == 2048
+    assert context_length({"max_position_embeddings": 131072}, 4096) == 4096
     with pytest.raises(SourceError, match="beyond this model's 512"):
-        context_length(SimpleNamespace(max_position_embeddings=512), 513)
+        context_length({"max_position_embeddings": 512}, 513)
     with pytest.raises(SourceError, match="nothing to score"):
-        context_length(SimpleNamespace(max_position_embeddings=512), 1)
+        context_length({"max_position_embeddings": 512}, 1)

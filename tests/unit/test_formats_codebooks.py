@@ -5,13 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from everybit.errors import ShapeError
+from everybit.errors import FormatError, ShapeError
 from everybit.formats import ALL_BITS, CODEBOOKS, WeightSpec
+from everybit.formats.codebooks import Cells
 
 
 def test_registry_names_each_kind_once() -> None:
-    assert {kind: book.kind for kind, book in CODEBOOKS.items()} == {"table": "table", "affine": "affine"}
-    assert len({book.suffix for book in CODEBOOKS.values()}) == len(CODEBOOKS)
+    assert {kind: book.kind for kind, book in CODEBOOKS.items()} == {k: k for k in ("table", "affine", "cells")}
+    assert {kind: book.since for kind, book in CODEBOOKS.items()} == {"table": 1, "affine": 1, "cells": 2}
+    assert {kind: book.suffixes for kind, book in CODEBOOKS.items()} == {
+        "table": ("lut",),
+        "affine": ("affine",),
+        "cells": ("lut", "cells"),  # up to 4 bits a table, in its own tensor
+    }
 
 
 def test_table_is_the_stored_numbers() -> None:
@@ -70,3 +76,74 @@ def test_wrong_width_is_refused() -> None:
         CODEBOOKS["table"].expand(np.zeros((1, 4), np.float32), 3)
     with pytest.raises(ShapeError, match=r"of shape \[4\] arrived"):
         CODEBOOKS["affine"].expand(np.zeros(4, np.float32), 3)
+
+
+CENTRES = np.array([np.arange(16) - 7.5], np.float32)
+
+
+def record(ladders: list[int], step: float) -> np.ndarray:
+    return Cells.pack(CENTRES, np.array([ladders], np.uint8), np.array([step], np.float32))
+
+
+def test_a_record_byte_by_byte() -> None:
+    stored = record([1, 8, 2, *[1] * 12, 5], 0.25)
+    assert stored.shape == (1, 44)
+    assert stored[0, :4].tobytes().hex() == "80c780c6"  # F16 -7.5, -6.5, little-endian
+    assert stored[0, 32:40].tobytes().hex() == "7001000000000040"  # ladder - 1: low nibble first
+    assert stored[0, 40:].tobytes().hex() == "0000803e"
+
+
+def test_cells_by_hand() -> None:
+    stored = record([1, 8, 2, *[1] * 13], 0.25)
+    five = CODEBOOKS["cells"].expand(stored, 5)  # n = 2: brackets -8 and 8 times the ladder
+    assert (five.dtype, five.shape) == (np.float32, (1, 32))
+    np.testing.assert_array_equal(five[0, :6], [-7.5 - 2, -7.5 + 2, -6.5 - 16, -6.5 + 16, -5.5 - 4, -5.5 + 4])
+    eight = CODEBOOKS["cells"].expand(stored, 8)  # n = 16: -15, -13 ... 15
+    np.testing.assert_array_equal(eight[0, :16], -7.5 + 0.25 * np.arange(-15, 16, 2))
+    np.testing.assert_array_equal(eight[0, 16:32], -6.5 + 2.0 * np.arange(-15, 16, 2))
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7, 8])
+def test_every_code_of_cells_is_the_formula(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    ladders, step = rng.integers(1, 9, 16), np.float32(rng.random())
+    values = CODEBOOKS["cells"].expand(record(list(ladders), step), bits)[0]
+    n = 1 << (bits - 4)
+    for code, value in enumerate(values):
+        c, r = divmod(code, n)
+        bracket = int(ladders[c]) * (2 * r + 1 - n) * (16 // n)
+        assert abs(bracket) <= 120
+        assert value == np.float32(CENTRES[0, c] + np.float32(step * np.float32(bracket)))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_cells_up_to_four_bits_are_the_table(bits: int) -> None:
+    cells, table = CODEBOOKS["cells"], CODEBOOKS["table"]
+    lut = np.random.default_rng(bits).normal(size=(3, 1 << bits)).astype(np.float16)
+    np.testing.assert_array_equal(cells.expand(lut, bits), table.expand(lut, bits))
+    assert (cells.name("w", bits), cells.width(bits), cells.dtypes_at(bits)) == (
+        table.name("w", bits),
+        table.width(bits),
+        table.dtypes_at(bits),
+    )
+
+
+@pytest.mark.parametrize("nibble", [8, 15])
+def test_ladders_beyond_eight_are_refused(nibble: int) -> None:
+    stored = record([1] * 16, 1.0)
+    stored[0, 33] = nibble << 4
+    with pytest.raises(FormatError, match=rf"row 0 has {nibble}, expected a nibble of 0 to 7"):
+        CODEBOOKS["cells"].expand(stored, 6)
+
+
+@pytest.mark.parametrize("step", [-1.0, np.nan, np.inf])
+def test_steps_that_are_no_widths_are_refused(step: float) -> None:
+    with pytest.raises(FormatError, match=rf"row 0 has {step}, expected a finite step, 0 or more"):
+        CODEBOOKS["cells"].expand(record([1] * 16, step), 6)
+
+
+def test_records_are_bytes() -> None:
+    with pytest.raises(ShapeError, match="codebook of float32 arrived, expected U8"):
+        CODEBOOKS["cells"].expand(np.zeros((1, 44), np.float32), 5)
+    with pytest.raises(ShapeError, match=r"8-bit cells codebook of shape \[1, 256\] arrived, expected \[N, 44\]"):
+        CODEBOOKS["cells"].expand(np.zeros((1, 256), np.uint8), 8)

@@ -46,9 +46,39 @@ def test_what_equals_the_default_is_not_repeated() -> None:
     assert QuantizationConfig.from_dict(found).to_dict() == good()
 
 
+def cells() -> dict[str, Any]:
+    found = good()
+    found["weights"]["a.weight"]["codebook"] = "cells"
+    return {**found, "format_version": 2}
+
+
+def test_cells_are_version_two() -> None:
+    config = QuantizationConfig.from_dict(cells())
+    assert config.format_version == 2
+    assert config.to_dict() == cells()
+    spec = WeightSpec("w", (1, 8), codebook="cells")
+    assert QuantizationConfig(spec.bits, "cells", {"w": spec}).to_dict()["format_version"] == 2
+    assert QuantizationConfig(spec.bits, "table", {"w": spec}).to_dict()["format_version"] == 2
+    plain = WeightSpec("w", (1, 8))
+    assert QuantizationConfig(plain.bits, "table", {"w": plain}).to_dict()["format_version"] == 1
+
+
+@pytest.mark.parametrize("where", ["default", "weight"])
+def test_cells_in_version_one_are_refused(where: str) -> None:
+    found = {**cells(), "format_version": 1}
+    if where == "default":
+        found = {**good(), "codebook": "cells"}
+    with pytest.raises(FormatError, match=r"format_version 1 arrived beside a codebook kind that came with .* 2"):
+        QuantizationConfig.from_dict(found)
+
+
+def test_version_two_without_cells_is_read() -> None:
+    assert QuantizationConfig.from_dict({**good(), "format_version": 2}).to_dict() == {**good(), "format_version": 2}
+
+
 REFUSED: list[tuple[str, Any, str]] = [
     ("quant_method", "gptq", "quant_method 'gptq' arrived, expected 'everybit'"),
-    ("format_version", 2, "this file needs a newer everybit, upgrade it with pip install --upgrade everybit"),
+    ("format_version", 3, "this file needs a newer everybit, upgrade it with pip install --upgrade everybit"),
     ("format_version", 0, "format_version 0 arrived, expected an integer from 1 up"),
     ("format_version", "1", "format_version '1' arrived, expected an integer"),
     ("format_version", True, "format_version True arrived, expected an integer"),

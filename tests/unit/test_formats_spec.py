@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from everybit.formats import Overlay, OverlayWriter, QuantizationConfig, WeightSpec
+from everybit.formats.codebooks import Cells
 from everybit.formats.config import KEYS, WEIGHT_KEYS
 from tests.unit import formats_tiny as tiny
 
@@ -23,6 +24,13 @@ def block(language: str, heading: str) -> str:
     found = re.search(rf"^#+ {re.escape(heading)}$.*?^```{language}\n(.*?)^```$", SPEC, re.DOTALL | re.MULTILINE)
     assert found, f"no {language} block under {heading!r}"
     return found[1]
+
+
+def texts(language: str, heading: str) -> list[str]:
+    """Every fenced block of a language in a section."""
+    section = re.search(rf"^## {re.escape(heading)}$(.*?)(?=^## )", SPEC, re.DOTALL | re.MULTILINE)
+    assert section, heading
+    return re.findall(rf"^```{language}\n(.*?)^```$", section[1], re.DOTALL | re.MULTILINE)
 
 
 def write_example(folder: Path) -> Path:
@@ -56,10 +64,29 @@ def test_the_worked_example_byte_by_byte(tmp_path: Path) -> None:
         np.testing.assert_array_equal(reader()(tmp_path / "out", "w", b), expected)
 
 
+def test_the_cells_of_the_worked_example(tmp_path: Path) -> None:
+    stated = json.loads(texts("json", "A worked example")[1])
+    codes = np.array(stated["codes"], np.uint8)
+    weight = WeightSpec("v", tuple(stated["shape"]), tuple(stated["bits"]), "cells")
+    config = {"quantization_config": QuantizationConfig(weight.bits, "cells", {"v": weight}).to_dict()}
+    parts = [np.array(stated[key], dtype) for key, dtype in (("centres", "f4"), ("ladders", "u1"), ("steps", "f4"))]
+    with OverlayWriter(tmp_path / "out", weight.tensors(), config) as writer:
+        for plane in range(6):
+            writer.write(f"v_plane{plane}", np.packbits(codes >> (5 - plane) & 1, axis=1, bitorder="little"))
+        writer.write("v_lut4", np.array(stated["lut4"], np.float16))
+        writer.write("v_cells6", Cells.pack(*parts))
+        writer.finish()
+    overlay = Overlay.open(tmp_path / "out")
+    record = overlay.tensor("v_cells6").tobytes().hex(" ")
+    assert texts("text", "A worked example")[1] == f"v_cells6 {overlay.spec_of('v_cells6')} {record}\n"
+    assert reader()(tmp_path / "out", "v", 6).tolist() == [[-8.75, -6.625, 0.875, 9.5]]
+    assert reader()(tmp_path / "out", "v", 4).tolist() == [[-8, -7, 1, 8]]
+
+
 def reader() -> Callable[[Path, str, int], np.ndarray]:
     """The example reader of the specification."""
-    source = block("python", "A reader in 25 lines")
-    assert len(source.splitlines()) <= 25
+    source = block("python", "A reader in 33 lines")
+    assert len(source.splitlines()) <= 33
     names: dict[str, Any] = {}
     exec(compile(source, "docs/spec.md", "exec"), names)
     return names["read"]  # type: ignore[no-any-return]
@@ -69,7 +96,16 @@ def reader() -> Callable[[Path, str, int], np.ndarray]:
 @pytest.mark.parametrize("parameter", ["a.weight", "b.experts"])
 @pytest.mark.parametrize("bits", tiny.BITS)
 def test_the_reader_of_the_specification(tmp_path: Path, shard_bytes: int, parameter: str, bits: int) -> None:
-    folder = tiny.write(tmp_path / "out", shard_bytes)
+    check_the_reader(tiny.write(tmp_path / "out", shard_bytes), parameter, bits)
+
+
+@pytest.mark.parametrize("bits", tiny.CELLS.bits)
+def test_the_reader_of_the_specification_reads_cells(tmp_path: Path, bits: int) -> None:
+    check_the_reader(tiny.write_cells(tmp_path / "out"), "c.weight", bits)
+
+
+def check_the_reader(folder: Path, parameter: str, bits: int) -> None:
+    """The same values, to the last bit, as ours."""
     overlay = Overlay.open(folder)
     spec = overlay.weights[parameter]
     planes = [

@@ -111,3 +111,14 @@ def test_show_is_short_and_printable() -> None:
     assert show("a\nb\ud800") == r"'a\nb\ud800'"
     assert len(show("x" * 10_000)) < 100
     assert show(10**5000) == "<int too large to print>"
+
+
+def test_tensors_of_a_cells_weight_by_hand() -> None:
+    spec = WeightSpec("e.gate", (2, 3, 16), (3, 4, 5, 8), "cells")
+    found = {name: str(tensor) for name, tensor in spec.tensors("F32").items() if "plane" not in name}
+    assert found == {
+        "e.gate_lut3": "F32 [2, 3, 8]",
+        "e.gate_lut4": "F32 [2, 3, 16]",
+        "e.gate_cells5": "U8 [2, 3, 44]",
+        "e.gate_cells8": "U8 [2, 3, 44]",
+    }

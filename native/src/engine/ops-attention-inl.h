@@ -185,7 +185,7 @@ EVERYBIT_INLINE float find_maximum(const Tile& tile, std::size_t query, float* s
   if (begin > first || end < first + static_cast<std::int32_t>(vectors * kLanes)) {
     for (std::size_t v = 0; v < vectors; ++v) {
       const I key = lane_numbers() + (first + static_cast<std::int32_t>(v * kLanes));
-      const V seen = (key >= begin) & (key < end) ? load(scores + v * kLanes) : splat(kNothing);
+      const V seen = ((key >= begin) & (key < end)) ? load(scores + v * kLanes) : splat(kNothing);
       store(scores + v * kLanes, seen);
       largest = larger(seen, largest);
     }

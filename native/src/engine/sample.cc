@@ -6,8 +6,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
-
-#include "everybit/clones.h"
+#include <numeric>
 
 namespace everybit::engine {
 namespace {
@@ -30,95 +29,108 @@ bool before(const Candidate& a, const Candidate& b) {
 
 float below(float x) { return std::nextafter(x, -kInfinity); }
 
-// Sixteen numbers, which the compiler lowers to what a clone's instruction set has; every clone computes the same.
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef std::int32_t Integers __attribute__((vector_size(4 * kLanes)));
-typedef float AnyFloats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+// Vectors of four: every processor has them (wider ones made of these were slower than a loop in gcc 12, even where
+// the processor has wider ones).
+typedef float Floats __attribute__((vector_size(16)));
+typedef std::int32_t Integers __attribute__((vector_size(16)));
+typedef float AnyFloats __attribute__((vector_size(16), aligned(4), may_alias));
 
-// x -> e^x for x <= 0, within 3 ulp; 0 below -87 (a weight of 1e-38 of the largest is never drawn).
-inline __attribute__((always_inline)) void decay(Floats& x) {
+inline Floats load(const float* p) { return *reinterpret_cast<const AnyFloats*>(p); }
+inline void store(float* p, Floats x) { *reinterpret_cast<AnyFloats*>(p) = x; }
+
+// e^x for x <= 0, within 3 ulp; 0 below -87 (a weight of 1e-38 of the largest is never drawn).
+inline Floats decay(Floats x) {
   const Floats zero = {}, bounded = x < -87.0f ? zero - 87.0f : x;
   const Floats whole = (bounded * 1.44269504f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23 rounds to a whole number
   const Floats r = (bounded - whole * 0.693145752f) - whole * 1.42860677e-6f;
   const Floats q =
       4.9999994e-1f + r * (1.66665196e-1f + r * (4.16683927e-2f + r * (8.3687808e-3f + r * 1.3814465e-3f)));
   const Integers scale = (__builtin_convertvector(whole, Integers) + 127) << 23;
-  x = x < -87.0f ? zero : (1.0f + (r + r * r * q)) * reinterpret_cast<Floats>(scale);
+  return x < -87.0f ? zero : (1.0f + (r + r * r * q)) * reinterpret_cast<Floats>(scale);
 }
 
-float decay(float x) {
-  Floats all = {x};
-  decay(all);
-  return all[0];
-}
+float decay(float x) { return decay(Floats{x, x, x, x})[0]; }
 
-}  // namespace
-
-// The passes over all logits. n is a multiple of kLanes in each.
+// The passes over all logits. n is a multiple of kLanes in each: four vectors, so that one needs not wait for another.
 
 // best[j] = the largest of logits j, j + kLanes, ...; returns whether all are below infinity (and not NaN).
-EVERYBIT_CLONES
 bool find_largest(const float* logits, std::size_t n, float* best) {
-  Floats most = *reinterpret_cast<const AnyFloats*>(best);
-  Integers good = {};
-  good = ~good;
+  Floats most[4];
+  Integers bad[4] = {};
+  for (std::size_t v = 0; v < 4; ++v) most[v] = load(best + 4 * v);
   for (std::size_t i = 0; i < n; i += kLanes) {
-    const Floats x = *reinterpret_cast<const AnyFloats*>(logits + i);
-    good &= x < kInfinity;
-    most = x > most ? x : most;
+    for (std::size_t v = 0; v < 4; ++v) {
+      const Floats x = load(logits + i + 4 * v);
+      bad[v] |= !(x < kInfinity);
+      most[v] = x > most[v] ? x : most[v];
+    }
   }
-  *reinterpret_cast<AnyFloats*>(best) = most;
-  std::int32_t all = -1;
-  for (std::size_t j = 0; j < kLanes; ++j) all &= good[j];
-  return all != 0;
+  for (std::size_t v = 0; v < 4; ++v) store(best + 4 * v, most[v]);
+  const Integers any = (bad[0] | bad[1]) | (bad[2] | bad[3]);
+  return (any[0] | any[1] | any[2] | any[3]) == 0;
 }
 
 // weights[i] = e^((logits[i] - top) * sharpness); they may be the same array. sums[j] += weights j, j + kLanes, ...
-EVERYBIT_CLONES
 void find_weights(const float* logits, std::size_t n, float top, float sharpness, float* weights, float* sums) {
-  Floats sum = *reinterpret_cast<const AnyFloats*>(sums);
+  Floats sum[4];
+  for (std::size_t v = 0; v < 4; ++v) sum[v] = load(sums + 4 * v);
   for (std::size_t i = 0; i < n; i += kLanes) {
-    Floats x = (*reinterpret_cast<const AnyFloats*>(logits + i) - top) * sharpness;
-    decay(x);
-    *reinterpret_cast<AnyFloats*>(weights + i) = x;
-    sum += x;
+    for (std::size_t v = 0; v < 4; ++v) {
+      const Floats x = decay((load(logits + i + 4 * v) - top) * sharpness);
+      store(weights + i + 4 * v, x);
+      sum[v] += x;
+    }
   }
-  *reinterpret_cast<AnyFloats*>(sums) = sum;
+  for (std::size_t v = 0; v < 4; ++v) store(sums + 4 * v, sum[v]);
 }
 
 // sums[j] += values j, j + kLanes, ... that are above `threshold`; returns how many are.
-EVERYBIT_CLONES
 std::size_t sum_above(const float* values, std::size_t n, float threshold, float* sums) {
-  Floats sum = *reinterpret_cast<const AnyFloats*>(sums);
   const Floats zero = {};
-  Integers counts = {};
+  Floats sum[4];
+  Integers count[4] = {};
+  for (std::size_t v = 0; v < 4; ++v) sum[v] = load(sums + 4 * v);
   for (std::size_t i = 0; i < n; i += kLanes) {
-    const Floats x = *reinterpret_cast<const AnyFloats*>(values + i);
-    sum += x > threshold ? x : zero;
-    counts -= x > threshold;
+    for (std::size_t v = 0; v < 4; ++v) {
+      const Floats x = load(values + i + 4 * v);
+      sum[v] += x > threshold ? x : zero;
+      count[v] -= x > threshold;
+    }
   }
-  *reinterpret_cast<AnyFloats*>(sums) = sum;
-  std::size_t count = 0;
-  for (std::size_t j = 0; j < kLanes; ++j) count += static_cast<std::size_t>(counts[j]);
-  return count;
+  for (std::size_t v = 0; v < 4; ++v) store(sums + 4 * v, sum[v]);
+  const Integers all = (count[0] + count[1]) + (count[2] + count[3]);
+  return static_cast<std::size_t>(all[0] + all[1] + all[2] + all[3]);
+}
+
+// Values that are not above `threshold` become 0. sums[j] += what is left of j, j + kLanes, ...
+void clear_below(float* values, std::size_t n, float threshold, float* sums) {
+  const Floats zero = {};
+  Floats sum[4];
+  for (std::size_t v = 0; v < 4; ++v) sum[v] = load(sums + 4 * v);
+  for (std::size_t i = 0; i < n; i += kLanes) {
+    for (std::size_t v = 0; v < 4; ++v) {
+      const Floats x = load(values + i + 4 * v), left = x > threshold ? x : zero;
+      store(values + i + 4 * v, left);
+      sum[v] += left;
+    }
+  }
+  for (std::size_t v = 0; v < 4; ++v) store(sums + 4 * v, sum[v]);
 }
 
 // The first of `blocks` blocks of kBlock values, from block `from` on, that has one above `threshold`; or `blocks`.
-EVERYBIT_CLONES
 std::size_t next_block(const float* values, std::size_t blocks, std::size_t from, float threshold) {
   for (; from < blocks; ++from) {
-    Integers above = {};
+    const float* block = values + from * kBlock;
+    Integers above[4] = {};
     for (std::size_t j = 0; j < kBlock; j += kLanes)
-      above |= *reinterpret_cast<const AnyFloats*>(values + from * kBlock + j) > threshold;
-    std::int64_t words[kLanes / 2], any = 0;
-    __builtin_memcpy(words, &above, sizeof words);
-    for (std::int64_t word : words) any |= word;
-    if (any != 0) break;
+      for (std::size_t v = 0; v < 4; ++v) above[v] |= load(block + j + 4 * v) > threshold;
+    const Integers any = (above[0] | above[1]) | (above[2] | above[3]);
+    std::uint64_t words[2];
+    __builtin_memcpy(words, &any, sizeof words);
+    if ((words[0] | words[1]) != 0) break;
   }
   return from;
 }
-
-namespace {
 
 // The largest of n logits; NaN if one of them is NaN or +infinity.
 float largest(const float* logits, std::size_t n) {
@@ -150,22 +162,56 @@ std::int32_t first_equal(const float* logits, std::size_t n, float value) {
   return static_cast<std::int32_t>(i);
 }
 
-// Weights (see find_weights) and the sum of all; `runs` receives the sums of kRun each.
-double weigh(const float* logits, std::size_t n, float top, float sharpness, float* weights,
-             std::vector<double>* runs = nullptr) {
-  double total = 0;
+double sum_of(const float* lanes) {
+  double sum = 0;
+  for (std::size_t j = 0; j < kLanes; ++j) sum += static_cast<double>(lanes[j]);
+  return sum;
+}
+
+// Weights of n tokens, and the sums of each kRun of them.
+struct Weights {
+  float* data;
+  std::size_t n;
+  std::vector<double> runs;
+  double total() const { return std::accumulate(runs.begin(), runs.end(), 0.0); }
+};
+
+// See find_weights; `data` may be the logits.
+Weights weigh(const float* logits, std::size_t n, float top, float sharpness, float* data) {
+  Weights weights{data, n, {}};
+  weights.runs.reserve(n / kRun + 1);
   for (std::size_t start = 0; start < n; start += kRun) {
     const std::size_t count = std::min(kRun, n - start), whole = count / kLanes * kLanes;
-    float* to = weights + start;
+    float* to = data + start;
     float sums[kLanes] = {};
     find_weights(logits + start, whole, top, sharpness, to, sums);
     for (std::size_t i = whole; i < count; ++i) sums[0] += to[i] = decay((logits[start + i] - top) * sharpness);
-    double sum = 0;
-    for (float part : sums) sum += static_cast<double>(part);
-    if (runs != nullptr) runs->push_back(sum);
-    total += sum;
+    weights.runs.push_back(sum_of(sums));
   }
-  return total;
+  return weights;
+}
+
+// Leaves what is not after `end` in the order and at least `least`.
+void narrow(Weights* weights, const Candidate& end, float least) {
+  const float from = below(std::max(least, 0x1p-126f));
+  const auto token = static_cast<std::size_t>(end.token);
+  for (std::size_t run = 0; run < weights->runs.size(); ++run) {
+    const std::size_t start = run * kRun, count = std::min(kRun, weights->n - start), stop = start + count;
+    float* w = weights->data + start;
+    float sums[kLanes] = {};
+    if (stop <= token || start > token) {  // of equal weights the earlier ones remain
+      const float threshold = std::max(stop <= token ? below(end.value) : end.value, from);
+      const std::size_t whole = count / kLanes * kLanes;
+      clear_below(w, whole, threshold, sums);
+      for (std::size_t i = whole; i < count; ++i) sums[0] += w[i] = w[i] > threshold ? w[i] : 0.0f;
+    } else {
+      for (std::size_t i = 0; i < count; ++i) {
+        const bool kept = w[i] > from && (w[i] > end.value || (w[i] == end.value && start + i <= token));
+        sums[0] += w[i] = kept ? w[i] : 0.0f;
+      }
+    }
+    weights->runs[run] = sum_of(sums);
+  }
 }
 
 // The k first of all finite values, in order. Keeps a threshold: the k-th best value of what was seen so far. An equal
@@ -201,7 +247,7 @@ double mass_above(const float* weights, std::size_t n, float threshold, std::siz
     *count += sum_above(weights + start, whole, threshold, sums);
     for (std::size_t i = start + whole; i < start + size; ++i)
       if (weights[i] > threshold) sums[0] += weights[i], ++*count;
-    for (float part : sums) total += static_cast<double>(part);
+    total += sum_of(sums);
   }
   return total;
 }
@@ -214,8 +260,9 @@ Candidate find_end(const float* weights, std::size_t n, double mass) {
   std::uint32_t low = 0, high = std::bit_cast<std::uint32_t>(1.0f);
   std::size_t inside = n, above = 0, count;
   double sum = 0;
-  while (inside > kEdge && high - low > 1) {
-    const std::uint32_t middle = low + (high - low) / 2;
+  // First guess: a model that knows what it says has few tokens within a thousandth of the likeliest.
+  for (std::uint32_t middle = std::bit_cast<std::uint32_t>(0x1p-10f); inside > kEdge && high - low > 1;
+       middle = low + (high - low) / 2) {
     const double here = mass_above(weights, n, std::bit_cast<float>(middle), &count);
     if (here >= mass) {
       low = middle, inside = count - above;
@@ -270,48 +317,43 @@ float sharpness_of(const SampleParams& params) {
   return std::min(1.0f / params.temperature, std::numeric_limits<float>::max());
 }
 
-bool filters(std::size_t vocabulary, const SampleParams& params) {
-  return (params.top_k > 0 && static_cast<std::size_t>(params.top_k) < vocabulary) || params.top_p < 1 ||
-         params.min_p > 0;
+bool limits(std::size_t vocabulary, const SampleParams& params) {
+  return params.top_k > 0 && static_cast<std::size_t>(params.top_k) < vocabulary;
 }
 
-// What the filters leave, by rising ids; values are weights.
-std::vector<Candidate> filter(float* logits, std::size_t vocabulary, float top, const SampleParams& params) {
-  const float sharpness = sharpness_of(params);
-  const auto enough = [&](float weight) { return weight >= params.min_p && weight > 0; };
-  std::vector<Candidate> kept;
-  if (params.top_k > 0 && static_cast<std::size_t>(params.top_k) < vocabulary) {
-    kept = first_k(logits, vocabulary, static_cast<std::size_t>(params.top_k));
-    double mass = 0;
-    for (Candidate& c : kept) c.value = decay((c.value - top) * sharpness), mass += static_cast<double>(c.value);
-    if (params.top_p < 1) {
-      double left = mass * static_cast<double>(params.top_p);
-      std::size_t n = 0;
-      while (n < kept.size() && (n == 0 || left > 0)) left -= static_cast<double>(kept[n++].value);
-      kept.resize(n);
-    }
-    std::erase_if(kept, [&](const Candidate& c) { return !enough(c.value); });
-    std::sort(kept.begin(), kept.end(), [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
-    return kept;
+// What top_k and the other filters leave, by rising ids; values are weights.
+Distribution filter_few(const float* logits, std::size_t vocabulary, float top, const SampleParams& params) {
+  std::vector<Candidate> kept = first_k(logits, vocabulary, static_cast<std::size_t>(params.top_k));
+  double mass = 0;
+  for (Candidate& c : kept) {
+    c.value = decay((c.value - top) * sharpness_of(params));
+    mass += static_cast<double>(c.value);
   }
-  const double total = weigh(logits, vocabulary, top, sharpness, logits);
-  Candidate end{0, 0};
-  if (params.top_p < 1) end = find_end(logits, vocabulary, total * static_cast<double>(params.top_p));
-  float threshold = std::max(below(std::max(end.value, params.min_p)), 0.0f);
-  for_each_above(logits, vocabulary, threshold, [&](std::int32_t token, float weight) {
-    if (enough(weight) && (weight > end.value || token <= end.token)) kept.push_back({weight, token});
-  });
-  return kept;
-}
-
-Distribution distribution_of(const std::vector<Candidate>& kept) {
+  if (params.top_p < 1) {
+    double left = mass * static_cast<double>(params.top_p);
+    std::size_t n = 0;
+    while (n < kept.size() && (n == 0 || left > 0)) left -= static_cast<double>(kept[n++].value);
+    kept.resize(n);
+  }
+  std::sort(kept.begin(), kept.end(), [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
   Distribution all;
-  all.tokens.reserve(kept.size()), all.weights.reserve(kept.size());
   for (const Candidate& c : kept) {
+    if (c.value < params.min_p || c.value == 0) continue;
     all.tokens.push_back(c.token), all.weights.push_back(c.value);
     all.total += static_cast<double>(c.value);
   }
   return all;
+}
+
+// What the filters other than top_k leave, in place of the logits.
+Weights filter_all(float* logits, std::size_t vocabulary, float top, const SampleParams& params) {
+  Weights weights = weigh(logits, vocabulary, top, sharpness_of(params), logits);
+  if (params.top_p < 1 || params.min_p > 0) {
+    Candidate end{0, std::numeric_limits<std::int32_t>::max()};
+    if (params.top_p < 1) end = find_end(logits, vocabulary, weights.total() * static_cast<double>(params.top_p));
+    narrow(&weights, end, params.min_p);
+  }
+  return weights;
 }
 
 // The place in weights[begin, end) where the running sum exceeds `target`; the last positive one if rounding ran past.
@@ -326,19 +368,17 @@ std::size_t walk(const float* weights, std::size_t begin, std::size_t end, doubl
   return last;
 }
 
-// A draw from all tokens, without a list of them.
-std::int32_t draw_unfiltered(float* logits, std::size_t vocabulary, float top, const SampleParams& params, double u) {
-  std::vector<double> runs;
-  runs.reserve(vocabulary / kRun + 1);
-  double target = u * weigh(logits, vocabulary, top, sharpness_of(params), logits, &runs);
+std::int32_t draw(const Weights& weights, double u) {
+  double target = u * weights.total();
   std::size_t run = 0, last = 0;
-  for (; run < runs.size(); ++run) {
-    if (runs[run] > 0) last = run;
-    if (target < runs[run]) break;
-    target -= runs[run];
+  for (; run < weights.runs.size(); ++run) {
+    if (weights.runs[run] > 0) last = run;
+    if (target < weights.runs[run]) break;
+    target -= weights.runs[run];
   }
-  if (run == runs.size()) run = last;
-  return static_cast<std::int32_t>(walk(logits, run * kRun, std::min(vocabulary, (run + 1) * kRun), target));
+  if (run == weights.runs.size()) run = last;
+  const std::size_t end = std::min(weights.n, (run + 1) * kRun);
+  return static_cast<std::int32_t>(walk(weights.data, run * kRun, end, target));
 }
 
 }  // namespace
@@ -373,7 +413,16 @@ SampleStatus distribute(float* logits, std::size_t vocabulary, const History& hi
     out->tokens = {first_equal(logits, vocabulary, top)}, out->weights = {1.0f}, out->total = 1;
     return status;
   }
-  *out = distribution_of(filter(logits, vocabulary, top, params));
+  if (limits(vocabulary, params)) {
+    *out = filter_few(logits, vocabulary, top, params);
+    return status;
+  }
+  const Weights weights = filter_all(logits, vocabulary, top, params);
+  for (std::size_t i = 0; i < vocabulary; ++i) {
+    if (logits[i] == 0) continue;
+    out->tokens.push_back(static_cast<std::int32_t>(i)), out->weights.push_back(logits[i]);
+  }
+  out->total = weights.total();
   return status;
 }
 
@@ -388,15 +437,12 @@ Sampled sample(float* logits, std::size_t vocabulary, const History& history, co
     result.token = first_equal(logits, vocabulary, peak);
   } else {
     const double u = uniform(params.seed, params.position);
-    if (filters(vocabulary, params)) {
-      result.token = draw(distribution_of(filter(logits, vocabulary, peak, params)), u);
-    } else {
-      result.token = draw_unfiltered(logits, vocabulary, peak, params, u);
-    }
+    result.token = limits(vocabulary, params) ? draw(filter_few(logits, vocabulary, peak, params), u)
+                                              : draw(filter_all(logits, vocabulary, peak, params), u);
   }
   if (top >= 0) {
     const float most = largest(raw.data(), vocabulary);
-    const double norm = static_cast<double>(most) + std::log(weigh(raw.data(), vocabulary, most, 1.0f, logits));
+    const double norm = static_cast<double>(most) + std::log(weigh(raw.data(), vocabulary, most, 1.0f, logits).total());
     const auto logprob = [&](float x) { return static_cast<float>(static_cast<double>(x) - norm); };
     result.logprob = logprob(raw[static_cast<std::size_t>(result.token)]);
     for (const Candidate& c : first_k(raw.data(), vocabulary, static_cast<std::size_t>(top)))

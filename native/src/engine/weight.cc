@@ -4,6 +4,8 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "everybit/planes.h"
 #include "everybit/threads.h"
@@ -100,6 +102,9 @@ PreparedTables::PreparedTables(const std::uint8_t* records, std::size_t rows, in
       std::memcpy(&half, record + 2 * c, 2);
       const float centre = half_to_float(half);
       const int ladder = ((record[32 + c / 2] >> (4 * (c % 2))) & 15) + 1;
+      if (ladder > 8 || (half & 0x7c00u) == 0x7c00u)
+        throw std::invalid_argument("row " + std::to_string(row) + " has a " +
+                                    (ladder > 8 ? "nibble above 7" : "centre that is not finite"));
       const unsigned place = reversed(c, 4);
       cells.centre[place] = centre;
       cells.ladder[place] = static_cast<std::int8_t>(ladder);
@@ -107,6 +112,9 @@ PreparedTables::PreparedTables(const std::uint8_t* records, std::size_t rows, in
       least = c ? std::min(least, centre - reach) : centre - reach;
       greatest = c ? std::max(greatest, centre + reach) : centre + reach;
     }
+    if (!(cells.step >= 0) || !std::isfinite(least) || !std::isfinite(greatest))
+      throw std::invalid_argument("row " + std::to_string(row) + " has the step " + std::to_string(cells.step) +
+                                  ", which makes no finite values");
     cells.scale = (greatest - least) / static_cast<float>(kernels.base * kernels.base - 1);
     cells.offset = least;
   }

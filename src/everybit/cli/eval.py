@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 
-from everybit.cli.options import parse_bits, positive_int
+from everybit.cli.options import add_machine_options, parse_bits, positive_int
+from everybit.errors import SourceError
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,34 +36,43 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--plot", metavar="FILE", help="draw quality against bits per weight, as .png or .svg")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    add_machine_options(
+        parser,
+        "exact",
+        "default: exact, because what is judged here is the weights, not the rounding of this machine's kernels",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from everybit import evaluate
     from everybit.formats import Overlay
+    from everybit.tokenizer import Tokenizer
 
-    parse_bits(args.bits)  # everything that can be refused is refused before a model is loaded
+    parse_bits(args.bits)  # everything that can be refused is refused before a text is scored
     documents = evaluate.read_documents(args.text)
     if args.plot:
         evaluate.check_plot(args.plot)
+    reference_folder = _find_reference(args.reference) if args.reference else None
     with Overlay.open(args.overlay) as overlay:
         bits = parse_bits(args.bits, overlay.bits)
+        context = evaluate.context_length(overlay.config, args.context)
+        sizes = overlay.sizes()
 
-    with contextlib.redirect_stdout(sys.stderr):  # stdout carries the report and nothing a library says
-        import torch
-
-        import everybit
-        from everybit.quantize.source import load_float, load_tokenizer, resolve
-
-        # float32 activations: what differs from the float model is then the quantized weights alone.
-        model = everybit.load(args.overlay, dtype=torch.float32)
-        context = evaluate.context_length(model.config, args.context)
-        windows = evaluate.windows(
-            load_tokenizer(args.overlay), documents, context, truncate=args.truncate, max_tokens=args.max_tokens
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(contextlib.redirect_stdout(sys.stderr))  # stdout carries the report alone
+        how = {"threads": args.threads, "mode": args.mode}
+        model = opened.enter_context(evaluate.EngineModel.open(args.overlay, context, **how))
+        reference = (
+            opened.enter_context(evaluate.EngineModel.open(reference_folder, context, **how))
+            if reference_folder
+            else None
         )
-        sizes = model.overlay.sizes()
-        reference = load_float(resolve(args.reference)) if args.reference else None
+        threads = model.runtime.threads
+        print(f"everybit: {model.runtime.isa}, {threads} thread{'s' if threads > 1 else ''}, {args.mode} mode")
+        windows = evaluate.windows(
+            Tokenizer.open(args.overlay), documents, context, truncate=args.truncate, max_tokens=args.max_tokens
+        )
         report = evaluate.evaluate(
             model,
             bits,
@@ -70,9 +81,22 @@ def run(args: argparse.Namespace) -> int:
             set_precision=model.set_precision,
             size=sizes.rows.__getitem__,
             reference_size=sizes.original,
+            threads=threads,
         )
     print(report.json() if args.json else report.table())
     if args.plot:
         evaluate.plot(report, args.plot)
         print(f"everybit: wrote {args.plot}", file=sys.stderr)
     return 0
+
+
+def _find_reference(name: str) -> Path:
+    """The folder of the float model. A hub id is looked up too, where the quantize extra is installed."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        from everybit.quantize.source import resolve
+    except ImportError:
+        raise SourceError(f"no folder {name}: pass a model folder") from None
+    return resolve(name)

@@ -23,13 +23,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--max-tokens", type=int, default=100, metavar="N", help="new tokens at most (default 100)")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of streaming text")
 
-    sampling = parser.add_argument_group("sampling", "applied in this order: penalties, temperature, top-k, top-p, min-p")
+    sampling = parser.add_argument_group("sampling", "in this order: penalties, temperature, top-k, top-p, min-p")
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")
     sampling.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     sampling.add_argument("--top-p", type=float, metavar="P", help="from the likeliest that together reach P")
-    sampling.add_argument("--min-p", type=float, metavar="P", help="from those with P times the likeliest's probability")
+    sampling.add_argument("--min-p", type=float, metavar="P", help="from those at least P times the likeliest")
     sampling.add_argument("--seed", type=int, help="of the draws (default 0)")
-    sampling.add_argument("--repetition-penalty", type=float, metavar="R", help="of tokens in prompt or output (off: 1)")
+    sampling.add_argument(
+        "--repetition-penalty", type=float, metavar="R", help="of tokens in prompt and output (off: 1)"
+    )
     sampling.add_argument("--presence-penalty", type=float, metavar="X", help="of tokens in the output (off: 0)")
     sampling.add_argument("--frequency-penalty", type=float, metavar="X", help="for each time in the output (off: 0)")
 

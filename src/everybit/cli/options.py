@@ -68,7 +68,7 @@ def processors(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def add_machine_options(parser: argparse.ArgumentParser, mode: str, why: str) -> None:
+def add_machine_options(parser: argparse._ActionsContainer, mode: str, why: str) -> None:
     """The options that say how the engine uses this machine; `mode` is the default, and `why`."""
     parser.add_argument(
         "--threads", type=int, default=0, metavar="N", help="threads (default: one per processor this process may use)"

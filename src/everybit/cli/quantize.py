@@ -43,7 +43,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--calibration-sequences", type=int, metavar="N", help="at most (default 128)")
     parser.add_argument("--calibration-length", type=int, metavar="TOKENS", help="of each (default 512)")
     parser.add_argument(
-        "--table-dtype", choices=("float16", "float32"), help="of stored tables (default float16; uniform has none)"
+        "--codebook",
+        choices=("cells", "table"),
+        help="above 4 bits: 44 bytes a row (cells, the default) or 2^bits free numbers (table)",
+    )
+    parser.add_argument(
+        "--table-dtype",
+        choices=("float16", "float32"),
+        help="of stored tables (default float16; uniform has none, the centres of cells are float16 always)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="0 (default): all cores")
@@ -66,14 +73,16 @@ def run(args: argparse.Namespace) -> int:
     given = {
         "calibration_sequences": args.calibration_sequences,
         "calibration_length": args.calibration_length,
+        "codebook": args.codebook,
         "table_dtype": args.table_dtype,
     }
     options = {name: value for name, value in given.items() if value is not None}
     for name in options:
         option = "--" + name.replace("_", "-")
-        if name != "table_dtype" and args.calibration == "none":
+        of_codebooks = name in ("codebook", "table_dtype")
+        if not of_codebooks and args.calibration == "none":
             raise SourceError(f"{option} has no effect without calibration: give --calibration FILE or self as well")
-        if name == "table_dtype" and args.solver == "uniform":
+        if of_codebooks and args.solver == "uniform":
             raise SourceError(f"{option} has no effect with --solver uniform, which stores no tables: drop it")
     report = quantize(
         args.model,

@@ -15,6 +15,8 @@ from everybit.engine.checkpoint import Checkpoint
 from everybit.engine.ops import Columns
 from everybit.engine.program import Program, Step
 from everybit.errors import FormatError, ModelError
+from everybit.formats import Overlay
+from everybit.formats.codebooks import CELL_BITS, Cells
 from everybit.formats.weights import require_bits
 
 F32 = NDArray[np.float32]
@@ -50,6 +52,7 @@ class Native:
         self.checkpoint = checkpoint
         self.most_tokens = most_tokens
         self._threads = threads
+        self._mode = mode
         self._native = _native.Program(
             threads,
             list(pin),
@@ -100,8 +103,22 @@ class Native:
         for name in quantized:
             own = overlay.weights[name].served_bits(bits)
             if not self._native.has_tables(self._weights[name], own):
-                self._native.prepare(self._weights[name], own, overlay.table(name, own), self._threads)
+                self._prepare_weight(overlay, name, own)
         self._prepared.add(bits)
+
+    def _prepare_weight(self, overlay: Overlay, name: str, own: int) -> None:
+        """Hand over the codebook of one weight at one of its own precisions."""
+        spec, weight = overlay.weights[name], self._weights[name]
+        if self._mode == "exact" or spec.codebook != Cells.kind or own <= CELL_BITS:
+            self._native.prepare(weight, own, overlay.table(name, own), self._threads)
+            return
+        tensor = spec.codebook_name(own)
+        try:
+            self._native.prepare_cells(weight, own, overlay.tensor(tensor).reshape(spec.rows, -1))
+        except ValueError as error:
+            raise FormatError(
+                f"{overlay.folder}: tensor {tensor}: {error}: quantize again, or download it again"
+            ) from None
 
     def run(self, step: Step, bits: int = 0) -> F32:
         """One forward pass; `bits` is not looked at where the weights are float.

@@ -2,6 +2,7 @@
 
     table    value = lut[code]                free centroids, 2^b a row
     affine   value = offset + scale * code    plane-linear: two numbers a row
+    cells    a table up to 4 bits; above, 16 cells a row with an even grid in each: 44 bytes, whatever the precision
 
 A plane-linear codebook can also be read plane by plane, value = constant + sum_i alpha_i * (+-1), which is what the
 multiply-free lookup kernels need. To add a kind: subclass `Codebook`, list it in `CODEBOOKS`, describe it in
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from everybit.errors import ShapeError
+from everybit.errors import FormatError, ShapeError
 
 F32 = NDArray[np.float32]
 
@@ -36,6 +37,20 @@ class Codebook(ABC):
     suffix: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]  # the first is the default
     plane_linear: ClassVar[bool]
+    since: ClassVar[int] = 1  # the first format_version that has it
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of all its tensors' names."""
+        return (self.suffix,)
+
+    def suffix_at(self, bits: int) -> str:
+        """Of the tensor for precision `bits`."""
+        return self.suffix
+
+    def dtypes_at(self, bits: int) -> tuple[str, ...]:
+        """What the tensor for precision `bits` may be, the default first."""
+        return self.dtypes
 
     @abstractmethod
     def width(self, bits: int) -> int:
@@ -46,7 +61,7 @@ class Codebook(ABC):
         """The value of every code.
 
         Shapes: array [rows, width] or [E, N, width] -> f32[rows, 2^bits]
-        Raises: ShapeError
+        Raises: ShapeError, FormatError (a record that means no numbers)
         """
 
     def coefficients(self, array: NDArray[Any], bits: int) -> tuple[F32, F32]:
@@ -59,7 +74,7 @@ class Codebook(ABC):
 
     def name(self, parameter: str, bits: int) -> str:
         """The tensor that holds the codebook of `parameter` for precision `bits`."""
-        return f"{parameter}_{self.suffix}{bits}"
+        return f"{parameter}_{self.suffix_at(bits)}{bits}"
 
     def tensor_shape(self, spec: Shaped, bits: int) -> tuple[int, ...]:
         """Shape of that tensor: the weight's leading dimensions, then `width`."""
@@ -117,4 +132,72 @@ class Affine(Codebook):
             return rows[:, :1] * powers, constant.astype(np.float32)
 
 
-CODEBOOKS: dict[str, Codebook] = {book.kind: book for book in (Table(), Affine())}
+CELL_BITS = 4  # the top bits of a code, which choose the cell
+LADDERS = 8  # widths a cell can have, in steps of its row
+_CENTRES, _LADDERS, _STEP = slice(0, 32), slice(32, 40), slice(40, 44)  # bytes of a record
+
+
+class Cells(Table):
+    """A table up to 4 bits. Above, with c the top 4 bits of the code, r the other b - 4 and n = 2^(b-4),
+    value = centre[c] + step * (ladder[c] * (2r + 1 - n) * (16 / n)), rounded to f32 after product and sum.
+
+    A record of 44 bytes a row: 16 F16 centres, 16 nibbles `ladder - 1` (low first), an F32 step, little-endian.
+    """
+
+    kind = "cells"
+    since = 2
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return ("lut", "cells")
+
+    def suffix_at(self, bits: int) -> str:
+        return self.suffixes[bits > CELL_BITS]
+
+    def dtypes_at(self, bits: int) -> tuple[str, ...]:
+        return ("U8",) if bits > CELL_BITS else self.dtypes
+
+    def width(self, bits: int) -> int:
+        return _STEP.stop if bits > CELL_BITS else super().width(bits)
+
+    def expand(self, array: NDArray[Any], bits: int) -> F32:
+        if bits <= CELL_BITS:
+            return super().expand(array, bits)
+        records = np.ascontiguousarray(self.as_rows(array, bits))
+        if records.dtype != np.uint8:
+            raise ShapeError(f"a {bits}-bit cells codebook of {records.dtype} arrived, expected U8: pass it as stored")
+        centres = np.ascontiguousarray(records[:, _CENTRES]).view("<f2").astype(np.float32)
+        pairs = records[:, _LADDERS]
+        nibbles = np.stack([pairs & 15, pairs >> 4], axis=2).reshape(-1, 1 << CELL_BITS)
+        step = np.ascontiguousarray(records[:, _STEP]).view("<f4")
+        for what, bad, found in (
+            (f"a nibble of 0 to {LADDERS - 1}", nibbles >= LADDERS, nibbles),
+            ("a finite step, 0 or more", ~((step >= 0) & np.isfinite(step)), step),
+        ):
+            if bad.any():
+                row, place = (int(i) for i in np.argwhere(bad)[0])
+                raise FormatError(
+                    f"row {row} has {found[row, place]}, expected {what}: quantize again, or download again"
+                )
+        n = 1 << (bits - CELL_BITS)
+        grid = (2 * np.arange(n) + 1 - n) * (16 // n)
+        brackets = ((nibbles[:, :, None].astype(np.int32) + 1) * grid).reshape(len(records), -1)
+        with np.errstate(over="ignore", invalid="ignore"):  # the reader refuses what is not finite
+            return np.asarray(np.repeat(centres, n, axis=1) + step * brackets.astype(np.float32), dtype=np.float32)
+
+    @staticmethod
+    def pack(centres: F32, ladders: NDArray[np.uint8], steps: F32) -> NDArray[np.uint8]:
+        """The records of rows; a centre beyond F16 becomes infinite.
+
+        Shapes: centres f32[N, 16], ladders u8[N, 16] within 1..8, steps f32[N] -> u8[N, 44]
+        """
+        records = np.empty((len(centres), _STEP.stop), np.uint8)
+        with np.errstate(over="ignore"):
+            records[:, _CENTRES] = np.ascontiguousarray(centres.astype("<f2")).view(np.uint8)
+        nibbles = ladders - np.uint8(1)
+        records[:, _LADDERS] = nibbles[:, ::2] | nibbles[:, 1::2] << 4
+        records[:, _STEP] = np.ascontiguousarray(steps.astype("<f4")[:, None]).view(np.uint8)
+        return records
+
+
+CODEBOOKS: dict[str, Codebook] = {book.kind: book for book in (Table(), Affine(), Cells())}

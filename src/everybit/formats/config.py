@@ -16,20 +16,28 @@ from everybit.formats.tensors import show
 from everybit.formats.weights import WeightSpec, check_bits
 
 QUANT_METHOD = "everybit"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest this code reads; an overlay says the oldest that has all it uses
 KEYS = ("quant_method", "format_version", "bits", "codebook", "weights", "provenance")
 WEIGHT_KEYS = ("shape", "transposed", "bits", "codebook")
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """The parsed and checked `quantization_config`. `bits` and `codebook` are the defaults of `weights`."""
+    """The parsed and checked `quantization_config`. `bits` and `codebook` are the defaults of `weights`.
+
+    `format_version` is raised to the first that has every codebook kind in use.
+    """
 
     bits: tuple[int, ...]
     codebook: str
     weights: dict[str, WeightSpec]
     provenance: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
+
+    def __post_init__(self) -> None:
+        kinds = {self.codebook, *(spec.codebook for spec in self.weights.values())}
+        needed = max(CODEBOOKS[kind].since for kind in kinds)
+        object.__setattr__(self, "format_version", max(self.format_version, needed))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; a weight lists only what differs from the defaults."""
@@ -81,7 +89,14 @@ class QuantizationConfig:
             raise FormatError(f"{where}: {error}") from None
         specs = {name: _parse_weight(name, entry, bits, codebook, where) for name, entry in weights.items()}
         _check_names(specs, where)
-        return cls(bits, codebook, specs, dict(provenance))
+        stated = found["format_version"]
+        parsed = cls(bits, codebook, specs, dict(provenance), stated)
+        if parsed.format_version > stated:
+            raise FormatError(
+                f"{where}: format_version {stated} arrived beside a codebook kind that came with format_version "
+                f"{parsed.format_version}: quantize again or download it again"
+            )
+        return parsed
 
 
 def _check_version(found: Mapping[str, Any], where: str) -> None:

@@ -19,7 +19,6 @@ INDEX_NAME = "model.safetensors.index.json"
 CHECKSUM_PREFIX = "sha256:"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _OWN_SHARD = re.compile(r"model(-[0-9]+-of-[0-9]+)?\.safetensors")
-_RESERVED = re.compile(rf".+_(plane|{'|'.join(book.suffix for book in CODEBOOKS.values())})[0-9]+", re.DOTALL)
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -87,7 +86,7 @@ def check_tensors(quantization: QuantizationConfig, specs: Mapping[str, TensorSp
             raise FormatError(
                 f"{where}: tensor {show(weight.name)} is stored plain and also listed as quantized: quantize again"
             )
-        codebooks = {weight.codebook_name(bits) for bits in weight.bits}
+        codebooks = {weight.codebook_name(bits): bits for bits in weight.bits}
         for name, expected in weight.tensors().items():
             own.add(name)
             found = specs.get(name)
@@ -97,15 +96,18 @@ def check_tensors(quantization: QuantizationConfig, specs: Mapping[str, TensorSp
                     f"{list(weight.bits)} and codebook {weight.codebook}: the config or the shards are wrong, "
                     "download both again"
                 )
-            dtypes = weight.book.dtypes if name in codebooks else (expected.dtype,)
+            dtypes = weight.book.dtypes_at(codebooks[name]) if name in codebooks else (expected.dtype,)
             if found.dtype not in dtypes or found.shape != expected.shape:
                 raise FormatError(
                     f"{where}: tensor {show(name)} is {found.dtype} {show(list(found.shape))}, expected "
                     f"{' or '.join(dtypes)} {show(list(expected.shape))} from the config's shape "
                     f"{show(list(weight.shape))}: the config or the shards are wrong, download both again"
                 )
+    known = [book for book in CODEBOOKS.values() if book.since <= quantization.format_version]
+    suffixes = "|".join(sorted({suffix for book in known for suffix in book.suffixes}))
+    reserved = re.compile(rf".+_(plane|{suffixes})[0-9]+", re.DOTALL)
     for name in specs:
-        if name not in own and _RESERVED.fullmatch(name):
+        if name not in own and reserved.fullmatch(name):
             raise FormatError(
                 f"{where}: tensor {show(name)} belongs to no weight and precision in the config: "
                 "the config or the shards are wrong, download both again"

@@ -153,11 +153,15 @@ class Overlay:
         """The value of every `bits`-bit code of every row, whatever the codebook kind.
 
         Shapes: f32[rows, 2^bits]
-        Raises: PrecisionError, FormatError (a value that is not finite), ChecksumError
+        Raises: PrecisionError, FormatError (a value that is not finite, a record that means none), ChecksumError
         """
         spec = self._weight(parameter, bits)
         name = spec.codebook_name(bits)
-        values = spec.book.expand(self.tensor(name), bits)
+        stored = self.tensor(name)
+        try:
+            values = spec.book.expand(stored, bits)
+        except FormatError as error:
+            raise FormatError(f"{self._find(name).path}: tensor {show(name)}: {error}") from None
         if not bool(np.isfinite(values).all()):
             row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
             raise FormatError(

@@ -91,11 +91,12 @@ class WeightSpec:
     def tensors(self, lut_dtype: str = "F16") -> dict[str, TensorSpec]:
         """Every tensor of this weight: planes from the most significant, then codebooks from the fewest bits.
 
-        `lut_dtype` is used where the codebook kind leaves a choice (table: F16 or F32).
+        `lut_dtype` is used where the codebook kind leaves a choice (tables: F16 or F32).
         """
-        dtype = lut_dtype if lut_dtype in self.book.dtypes else self.book.dtypes[0]
         found = {self.plane_name(plane): self.plane_spec for plane in range(self.planes)}
         for bits in self.bits:
+            allowed = self.book.dtypes_at(bits)
+            dtype = lut_dtype if lut_dtype in allowed else allowed[0]
             found[self.codebook_name(bits)] = TensorSpec(dtype, self.book.tensor_shape(self, bits))
         return found
 

@@ -25,7 +25,7 @@ from everybit.quantize.card import model_card
 from everybit.quantize.discover import Target, discover
 from everybit.quantize.encode import encode, matrices, plain
 from everybit.quantize.sensitivity import SensitivityFile, accumulate
-from everybit.quantize.solvers import KINDS
+from everybit.quantize.solvers import KINDS, codebook_kind
 from everybit.quantize.source import FLOATS, Source, load_float, load_tokenizer, resolve
 from everybit.quantize.workspace import STATISTICS, copy_side_files, free_output, new_folder, promote, writable
 
@@ -63,6 +63,7 @@ def quantize(
     ignore: Sequence[str] | str = (),
     override: Mapping[str, Sequence[int] | int] | None = None,
     *,
+    codebook: str | None = None,
     seed: int = 0,
     calibration_sequences: int = 128,
     calibration_length: int = 512,
@@ -78,7 +79,8 @@ def quantize(
     `model` is a folder or a hub id; `calibration` a text file, `self` (text the model writes) or `none`;
     `solver` one of tree, upscale, uniform; `ignore` regular expressions of module names to leave alone;
     `override` maps such expressions to their own bits (a layer with bits (6,) is served at 6 bits always), the last
-    match wins.
+    match wins. `codebook` is what precisions above 4 bits get, `cells` (the default: 44 bytes a row) or `table` (2^b
+    numbers a row); the solver uniform has its own. `table_dtype` is that of tables; the centres of cells are float16.
 
     Cost: memory of one parameter (with calibration: of the float32 model and its sensitivities as well).
     Mutates: creates `out`; `out.partial` while it runs.
@@ -88,6 +90,10 @@ def quantize(
     ignore = [ignore] if isinstance(ignore, str) else ignore
     if solver not in KINDS:
         raise SourceError(f"unknown solver {solver!r}: expected one of {', '.join(KINDS)}")
+    if codebook is not None and KINDS[solver] != "table":
+        raise SourceError(
+            f"codebook {codebook!r} has no effect with the solver {solver}, whose grid is its own: drop it"
+        )
     if table_dtype not in TABLE_DTYPES:
         raise SourceError(f"unknown table dtype {table_dtype!r}: expected one of {', '.join(TABLE_DTYPES)}")
     for option, number, most in (("--seed", seed, 2**63 - 1), ("--threads", threads, 1024)):
@@ -110,9 +116,13 @@ def quantize(
     for target in targets:
         if (dtype := source.dtype_of(target.name)) not in FLOATS:
             raise SourceError(f"{source.folder}: {target.name} holds {dtype}, expected one of {', '.join(FLOATS)}")
-    kind = KINDS[solver]
+    kind = codebook_kind(solver, bits, codebook or "cells")
     lut_dtype = TABLE_DTYPES[table_dtype]
-    specs = {t.name: WeightSpec(t.name, t.shape, _bits_of(t, bits, overrides), kind, t.transposed) for t in targets}
+    specs = {}
+    for target in targets:
+        own_bits = _bits_of(target, bits, overrides)
+        own_kind = codebook_kind(solver, own_bits, codebook or "cells")
+        specs[target.name] = WeightSpec(target.name, target.shape, own_bits, own_kind, target.transposed)
     provenance = {
         "everybit_version": __version__,
         "solver": solver,

@@ -23,11 +23,11 @@ model = everybit.load("this/folder", bits={middle})
 model.set_precision({low})
 ```
 
-| bits | bits per weight, tables counted | bytes read |
+| bits | bits per weight, codebooks counted | bytes read |
 |---|---|---|
 {rows}
 
-Made by everybit {version} with the solver `{solver}`, calibration `{calibration}`.
+Made by everybit {version} with the solver `{solver}`, codebook `{codebook}`, calibration `{calibration}`.
 Quality on your own text: `everybit eval this/folder --text FILE --reference {name}`.
 """
 
@@ -45,5 +45,6 @@ def model_card(config: dict[str, Any], sizes: SizeReport) -> str:
         rows="\n".join(f"| {b} | {size.bpw:.2f} | {size.bytes:,} |" for b, size in sizes.rows.items()),
         version=provenance["everybit_version"],
         solver=provenance["solver"],
+        codebook=config["quantization_config"]["codebook"],
         calibration=calibration.get("file", calibration["kind"]),
     )

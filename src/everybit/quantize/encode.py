@@ -45,7 +45,8 @@ def encode(
     own_seed = seed ^ int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:4], "little")
     for e in range(experts):
         try:
-            solution = solve(weights[e], shares[e], spec.bits, solver, seed=own_seed + e, threads=threads)
+            kind = "cells" if spec.codebook == "cells" else "table"
+            solution = solve(weights[e], shares[e], spec.bits, solver, own_seed + e, threads, kind)
         except EverybitError as error:
             raise type(error)(f"{spec.name}: {error}") from error
         for k, plane in enumerate(pack_planes(solution.codes, spec.planes)):
@@ -56,9 +57,11 @@ def encode(
                 book[e] = solution.codebooks[b]
                 values = spec.book.expand(book[e], b)
             if not np.isfinite(values).all():
+                cells = spec.codebook == "cells"
                 raise SourceError(
-                    f"{spec.name}: weights up to {np.abs(weights[e]).max():.3g} overflow a {book.dtype} codebook: "
-                    "use --table-dtype float32, or rescale the layer"
+                    f"{spec.name}: weights up to {np.abs(weights[e]).max():.3g} overflow a "
+                    f"{'float16' if cells else book.dtype} codebook: use {'--codebook table ' if cells else ''}"
+                    "--table-dtype float32, or rescale the layer"
                 )
     return {name: array.reshape(layout[name].shape) for name, array in arrays.items()}
 

@@ -28,7 +28,8 @@ class PreparedTables {
   // values f32[rows][2^bits], in the container's code order. Needs: finite. Cost: rows * 2^bits * (1 or 2) bytes, and
   // in exact mode 4.
   PreparedTables(const float* values, std::size_t rows, int bits, Mode mode, const Kernels& kernels, int threads);
-  // records u8[rows][44] of a codebook of cells (docs/spec.md). Needs: bits 5..8, mode not exact, values finite.
+  // records u8[rows][44] of a codebook of cells (docs/spec.md). Needs: bits 5..8, mode not exact.
+  // Throws std::invalid_argument naming a row whose record means no finite numbers.
   PreparedTables(const std::uint8_t* records, std::size_t rows, int bits, const Kernels& kernels);
 
   bool made_on_the_fly() const { return !cells_.empty(); }

@@ -15,11 +15,26 @@ from numpy.typing import NDArray
 from everybit import _native
 from everybit.errors import ShapeError, SourceError
 from everybit.formats import CODEBOOKS, check_bits
+from everybit.formats.codebooks import CELL_BITS, Cells
 
+Kind = Literal["table", "affine", "cells"]
 Values = NDArray[np.float32]
 
 _NATIVE = {"tree": _native.solve_tree, "upscale": _native.solve_upscale, "uniform": _native.solve_uniform}
-KINDS: dict[str, Literal["table", "affine"]] = {"tree": "table", "upscale": "table", "uniform": "affine"}
+KINDS: dict[str, Kind] = {"tree": "table", "upscale": "table", "uniform": "affine"}
+
+
+def codebook_kind(solver: str, bits: Sequence[int], codebook: str = "cells") -> Kind:
+    """The kind that a weight gets: `codebook` is cells or table, where the solver leaves the choice.
+
+    Up to 4 bits the two are the same tensors, which are then called by their older name.
+    Raises: SourceError
+    """
+    if codebook not in ("cells", "table"):
+        raise SourceError(f"unknown codebook {codebook!r}: expected cells or table")
+    if KINDS[solver] == "table" and codebook == "cells" and max(bits) > CELL_BITS:
+        return "cells"
+    return KINDS[solver]
 
 
 @dataclass(frozen=True)
@@ -27,13 +42,14 @@ class Solution:
     """Nested codes of one matrix and the codebook of every precision.
 
     codes      u8[N, K], the code of the highest precision; the b-bit code is `codes >> (max_bits - b)`
-    codebooks  bits -> f32[N, 2^bits] (kind "table") or f32[N, 2] = scale, offset (kind "affine")
-    kind       "table": value = codebook[row, code]; "affine": value = offset + scale * code
+    codebooks  bits -> f32[N, 2^bits] (kind "table", and "cells" up to 4 bits), f32[N, 2] = scale, offset (kind
+               "affine") or u8[N, 44], the records of docs/spec.md (kind "cells" above 4 bits)
+    kind       what `formats.CODEBOOKS[kind]` expands
     """
 
     codes: NDArray[np.uint8]
-    codebooks: dict[int, Values]
-    kind: Literal["table", "affine"]
+    codebooks: dict[int, Values | NDArray[np.uint8]]
+    kind: Kind
 
     def codes_at(self, bits: int) -> NDArray[np.uint8]:
         """The codes of one precision, u8[N, K]."""
@@ -52,6 +68,7 @@ def solve(
     solver: str = "tree",
     seed: int = 0,
     threads: int = 0,
+    codebook: str = "table",
 ) -> Solution:
     """Quantize one matrix to all the precisions in `bits` at once, row by row.
 
@@ -60,7 +77,10 @@ def solve(
       upscale  the original Any-Precision: k-means at the lowest precision, then two-means splits
       uniform  an even grid over the row's range, with a fitted scale and offset per precision
 
-    Shapes:  weights f32[N, K], sensitivity f32[N, K] or None (all equal) -> codes u8[N, K], codebooks f32
+    With codebook "cells" the solver gives the codes up to 4 bits; above, each 4-bit cell gets an even grid
+    (native/src/cells.cc). It makes no difference to uniform, or where no precision is above 4 bits.
+
+    Shapes:  weights f32[N, K], sensitivity f32[N, K] or None (all equal) -> codes u8[N, K], codebooks as in Solution
     Needs:   finite weights; finite sensitivities >= 0; bits ascending within 2..8; K >= 1
     Mutates: nothing. Threads: deterministic for any count; 0 = one per processor. Only upscale uses the seed
     Raises:  ShapeError, SourceError (a value that is not finite or a negative sensitivity), PrecisionError
@@ -81,11 +101,29 @@ def solve(
                 "pass one sensitivity per weight, or None"
             )
         _refuse_bad_row(sensitivity, "sensitivity", True, threads)
+    kind = codebook_kind(solver, wanted, codebook)
+    upper = [b for b in wanted if b > CELL_BITS] if kind == "cells" else []
+    solved = [b for b in wanted if b < CELL_BITS] + [CELL_BITS] if upper else wanted
     rows = weights.shape[0]
     codes = np.empty(weights.shape, np.uint8)
-    codebooks = {b: np.empty((rows, CODEBOOKS[KINDS[solver]].width(b)), np.float32) for b in wanted}
-    _NATIVE[solver](weights, sensitivity, wanted, seed & (2**64 - 1), codes, list(codebooks.values()), threads)
-    return Solution(codes, codebooks, KINDS[solver])
+    found = {b: np.empty((rows, CODEBOOKS[KINDS[solver]].width(b)), np.float32) for b in solved}
+    _NATIVE[solver](weights, sensitivity, solved, seed & (2**64 - 1), codes, list(found.values()), threads)
+    codebooks: dict[int, Values | NDArray[np.uint8]] = {b: found[b] for b in wanted if b in found}
+    if upper:
+        codebooks |= _cells(weights, sensitivity, upper, codes, threads)
+    return Solution(codes, codebooks, kind)
+
+
+def _cells(
+    weights: Values, sensitivity: Values | None, bits: list[int], codes: NDArray[np.uint8], threads: int
+) -> dict[int, NDArray[np.uint8]]:
+    """The records of `bits`, all above 4. Mutates: codes, which get their residual bits."""
+    shape = (len(weights), 1 << CELL_BITS)
+    centres = [np.empty(shape, np.float32) for _ in bits]
+    ladders = [np.empty(shape, np.uint8) for _ in bits]
+    steps = [np.empty(shape[0], np.float32) for _ in bits]
+    _native.solve_cells(weights, sensitivity, bits, codes, centres, ladders, steps, threads)
+    return {b: Cells.pack(*parts) for b, parts in zip(bits, zip(centres, ladders, steps, strict=True), strict=True)}
 
 
 def _matrix(array: object, what: str) -> Values:
