@@ -12,6 +12,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "everybit/engine/ops.h"
@@ -61,20 +62,29 @@ Time measure(std::size_t threads, int repetitions, const std::function<void(Shar
   return {times[times.size() / 2], times[0]};
 }
 
-std::vector<float> normal(std::size_t n) {
-  std::mt19937 bits(1);
-  std::normal_distribution<float> distribution;
-  std::vector<float> x(std::min<std::size_t>(n, 1 << 20));
-  for (float& v : x) v = distribution(bits);
-  std::vector<float> all(n);
-  for (std::size_t i = 0; i < n; ++i) all[i] = x[i % x.size()];
-  return all;
-}
-
 void* aligned(std::size_t bytes) {
   void* p = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
   std::memset(p, 0, bytes);
   return p;
+}
+
+// Buffers of activations are aligned to cache lines, as the engine's are.
+struct Floats {
+  explicit Floats(std::size_t n) : p(static_cast<float*>(aligned(n * sizeof(float)))) {}
+  Floats(Floats&& other) : p(std::exchange(other.p, nullptr)) {}
+  ~Floats() { std::free(p); }
+  float* data() { return p; }
+  float& operator[](std::size_t i) { return p[i]; }
+  float operator[](std::size_t i) const { return p[i]; }
+  float* p;
+};
+
+Floats normal(std::size_t n) {
+  std::mt19937 bits(1);
+  std::normal_distribution<float> distribution;
+  Floats all(n);
+  for (std::size_t i = 0; i < n; ++i) all[i] = i < (1 << 20) ? distribution(bits) : all[i - (1 << 20)];
+  return all;
 }
 
 void attention(const Ops& ops, std::size_t heads, std::size_t kv_heads, std::size_t dim, std::size_t past,
@@ -88,7 +98,7 @@ void attention(const Ops& ops, std::size_t heads, std::size_t kv_heads, std::siz
   if (blocks % 7 == 0)
     for (std::size_t b = 0; b < blocks; ++b) table[b] = static_cast<std::int32_t>(b);
   auto kv = normal((past + rows) * kv_heads * dim), q = normal(rows * heads * dim);
-  std::vector<float> out(rows * heads * dim);
+  Floats out(rows * heads * dim);
   const std::int32_t all[2] = {0, static_cast<std::int32_t>(past + rows)},
                      fresh[2] = {0, static_cast<std::int32_t>(rows)};
   const std::int32_t zero = 0, before = static_cast<std::int32_t>(past);
@@ -136,7 +146,7 @@ void dense(const Ops& ops, std::size_t n, std::size_t k, std::size_t tokens, Dty
     std::memcpy(w + i, &h, 2);
   }
   auto x = normal(tokens * k);
-  std::vector<float> y(tokens * n);
+  Floats y(tokens * n);
   void* scratch[4];
   for (auto& s : scratch) s = aligned(kDenseScratchBytes);
   const Time t = measure(threads, tokens == 1 ? 20 : 7, [&](Share share, int r) {
@@ -176,7 +186,7 @@ void read_memory(std::size_t threads) {
 // How fast the machine multiplies and adds from L1: a dense product that fits.
 void peak(const Ops& ops, std::size_t threads) {
   auto x = normal(48 * 192), w = normal(32 * 192);
-  std::vector<float> y(4 * 48 * 32);
+  Floats y(4 * 48 * 32);
   void* scratch[4];
   for (auto& s : scratch) s = aligned(kDenseScratchBytes);
   const Time t = measure(threads, 300, [&](Share share, int) {
@@ -192,7 +202,7 @@ void peak(const Ops& ops, std::size_t threads) {
 
 void small(const Ops& ops) {
   auto x = normal(128 * 5632), y = normal(128 * 5632), w = normal(5632);
-  std::vector<float> out(128 * 5632);
+  Floats out(128 * 5632);
   for (std::size_t tokens : {1, 128}) {
     const Columns o{out.data(), 2048, 2048}, a{x.data(), 2048, 2048};
     const Time t = measure(

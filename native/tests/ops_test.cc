@@ -698,6 +698,7 @@ int main() {
   test_functions();
   std::vector<const Ops*> sets{&scalar_ops()};
 #if defined(__x86_64__)
+  __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     sets.push_back(&avx2_ops());
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&

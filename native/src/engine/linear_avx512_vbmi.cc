@@ -6,6 +6,9 @@
 // (7 and 8 bits use all bits of the index). vpermb looks up, vpdpbusd multiplies unsigned table bytes by signed
 // activations, exactly: 32 * 255 * 127 < 2^21, and 256 times that < 2^31.
 // Cost of a block at 3 bits and two parts: 3 loads, 2 + 2 + 4 for the merge, 7 rotations, 16 lookups, 16 dot products.
+// gcc 12 calls the undefined operands inside its own AVX-512 headers uninitialized.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
 #include "everybit/engine/linear.h"
@@ -365,6 +368,8 @@ void gemm(ExpandBlock expand, const Planes& planes, const Tables& tables, const 
 
 // ---- activations ------------------------------------------------------------------------------------------------
 
+constexpr float kLeast = 0x1p-100f;  // a group below is zero: 127 / max must not overflow
+
 void quantize(const float* x, std::size_t columns, std::int8_t* codes, float* scales, float* sum) {
   // Transposes 64 x 8 bytes: byte 8l + t goes to 64t + l. First within each register (8 bytes l = 0..7 of 8 steps), then
   // across: register i holds weights 64i .. 64i+63, so l = 8i .. 8i+7, and its qword t after the permutation is step t.
@@ -372,7 +377,7 @@ void quantize(const float* x, std::size_t columns, std::int8_t* codes, float* sc
       0, 8,  16, 24, 32, 40, 48, 56, 1, 9,  17, 25, 33, 41, 49, 57, 2, 10, 18, 26, 34, 42, 50, 58, 3, 11, 19, 27, 35, 43, 51, 59,
       4, 12, 20, 28, 36, 44, 52, 60, 5, 13, 21, 29, 37, 45, 53, 61, 6, 14, 22, 30, 38, 46, 54, 62, 7, 15, 23, 31, 39, 47, 55, 63};
   const V transpose = _mm512_load_si512(kTranspose);
-  const __m512i sign = _mm512_set1_epi32(0x7fffffff);
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   double total = 0;
   for (std::size_t begin = 0; begin < columns; begin += kBlock, codes += kBlock, scales += kGroups) {
     alignas(64) std::uint64_t qwords[8][8];
@@ -384,14 +389,17 @@ void quantize(const float* x, std::size_t columns, std::int8_t* codes, float* sc
         const __mmask16 m0 = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
         const __mmask16 m1 = left >= 32 ? 0xffff : (left > 16 ? static_cast<__mmask16>((1u << (left - 16)) - 1) : 0);
         const __m512 a = _mm512_maskz_loadu_ps(m0, x + at), b = _mm512_maskz_loadu_ps(m1, x + at + 16);
-        const __m512 most_lanes = _mm512_max_ps(_mm512_castsi512_ps(_mm512_and_epi32(_mm512_castps_si512(a), sign)),
-                                                _mm512_castsi512_ps(_mm512_and_epi32(_mm512_castps_si512(b), sign)));
-        const float most = _mm512_reduce_max_ps(most_lanes);
-        const float inverse = most > 0 ? 127.0f / most : 0.0f;
-        const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, _mm512_set1_ps(inverse)));
-        const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, _mm512_set1_ps(inverse)));
+        // The largest magnitude by its bits: a NaN is above infinity.
+        const int bits = _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_and_epi32(_mm512_castps_si512(a), magnitude),
+                                                                  _mm512_and_epi32(_mm512_castps_si512(b), magnitude)));
+        const float most = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
+        const bool finite = bits < 0x7f800000, some = finite && most >= kLeast;
+        const __m512 inverse = _mm512_set1_ps(some ? 127.0f / most : 0.0f);
+        const __mmask16 used = some ? 0xffff : 0;
+        const __m512i qa = _mm512_maskz_cvtps_epi32(used, _mm512_mul_ps(a, inverse));
+        const __m512i qb = _mm512_maskz_cvtps_epi32(used, _mm512_mul_ps(b, inverse));
         const int ints = _mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb));
-        const float scale = most / 127.0f;
+        const float scale = some ? most / 127.0f : (finite ? 0.0f : __builtin_nanf(""));
         scales[2 * i + half] = scale;
         total += static_cast<double>(scale) * ints;
         const __m256i packed = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtsepi32_epi8(qa)),

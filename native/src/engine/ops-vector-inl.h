@@ -304,8 +304,8 @@ EVERYBIT_INLINE void dispatch(Dtype dtype, F&& f) {
 // above 88.37.
 EVERYBIT_INLINE V exp(V x) {
   const V bounded = x > splat(89.0f) ? splat(89.0f) : x;  // comparisons keep NaN
-  const V shift = splat(12582912.0f);                     // 1.5 * 2^23: adding it rounds to a whole number
-  const V whole = fma(bounded, splat(1.44269504f), shift) - shift;
+  const V shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, which the last bits then hold
+  const V shifted = fma(bounded, splat(1.44269504f), shift), whole = shifted - shift;
   V r = fma(whole, splat(-0.693145752f), bounded);  // ln 2 in two parts, the first of 16 bits: whole * it is exact
   r = fma(whole, splat(-1.42860677e-6f), r);
   V q = splat(1.3814465e-3f);
@@ -314,8 +314,8 @@ EVERYBIT_INLINE V exp(V x) {
   q = fma(q, r, splat(1.66665196e-1f));
   q = fma(q, r, splat(4.9999994e-1f));
   const V y = fma(q, r * r, r) + 1.0f;
-  const I scale = (__builtin_convertvector(whole, I) + 127) << 23;
-  return x < splat(-87.33f) ? V{} : y * reinterpret_cast<V>(scale);
+  const V scale = bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);
+  return x < splat(-87.33f) ? V{} : y * scale;
 }
 
 EVERYBIT_INLINE V sigmoid(V x) { return 1.0f / (1.0f + exp(-x)); }
