@@ -15,8 +15,8 @@ configure() { # directory, flags
 }
 
 mkdir -p "$BUILD"
-configure address "-fsanitize=address,undefined -fno-sanitize-recover=all" linear_test ops_test program_test
-for test in linear_test ops_test program_test; do "$BUILD/address/$test"; done
-"$BUILD/address/linear_test" fuzz "$FUZZ"
+configure address "-fsanitize=address,undefined -fno-sanitize-recover=all" linear_test ops_test program_test sample_test
+for test in linear_test ops_test program_test sample_test; do "$BUILD/address/$test"; done
+"$BUILD/address/linear_test" fuzz 1 "$FUZZ"
 configure thread "-fsanitize=thread" program_test
 "$BUILD/thread/program_test"

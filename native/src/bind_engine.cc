@@ -92,9 +92,9 @@ Weight& weight_of(Held& self, int id) {
 void prepare(Held& self, int id, int bits, const Array<const float, 2>& values, int threads) {
   Weight& weight = weight_of(self, id);
   const std::size_t rows = weight.experts * weight.rows;
-  require(bits >= 1 && bits <= weight.planes_held && values.shape(0) == rows &&
-              values.shape(1) == std::size_t{1} << bits,
-          weight.name + ": a table of another shape than its weight");
+  require(
+      bits >= 1 && bits <= weight.planes_held && values.shape(0) == rows && values.shape(1) == std::size_t{1} << bits,
+      weight.name + ": a table of another shape than its weight");
   const nb::gil_scoped_release release;
   weight.tables[static_cast<std::size_t>(bits)] = std::make_unique<PreparedTables>(
       values.data(), rows, bits, self.program.mode(), *self.program.isa().kernels, threads);
@@ -118,8 +118,8 @@ std::size_t table_bytes(Held& self) {
   return sum;
 }
 
-void run(Held& self, const Ints& tokens, const Ints& starts, const Ints& past, const Array<const std::int32_t, 2>& blocks,
-         const Ints& rows, int bits, const Array<float, 2>& logits) {
+void run(Held& self, const Ints& tokens, const Ints& starts, const Ints& past,
+         const Array<const std::int32_t, 2>& blocks, const Ints& rows, int bits, const Array<float, 2>& logits) {
   const std::size_t sequences = past.shape(0);
   require(starts.shape(0) == sequences + 1 && blocks.shape(0) == sequences, "starts, past and blocks differ in length");
   require(logits.shape(0) == rows.shape(0), "one row of logits per selected row");
@@ -155,8 +155,8 @@ void bind_engine(nb::module_& m) {
           [](Held* self, int threads, const std::vector<int>& pin, const std::string& isa, const std::string& mode,
              bool debug, std::size_t most_tokens, std::size_t layers, std::size_t kv_heads, std::size_t head_dim,
              std::size_t kv_blocks, const std::string& kv_dtype) {
-            const Mode how = one_of<Mode>(
-                mode, {{"exact", Mode::exact}, {"default", Mode::standard}, {"fast", Mode::fast}});
+            const Mode how =
+                one_of<Mode>(mode, {{"exact", Mode::exact}, {"default", Mode::standard}, {"fast", Mode::fast}});
             const ProgramOptions options{threads, pin, isa, how, debug, most_tokens};
             new (self) Held{{options, layers, kv_heads, head_dim, kv_blocks, dtype(kv_dtype)}, {}};
           },
@@ -195,10 +195,9 @@ void bind_engine(nb::module_& m) {
              self.program.add_linear(label, place(x), places, weights, biases, add);
            })
       .def("add_rope",
-           [](Held& self, const std::string& label, PlaceTuple x, std::size_t heads,
-              const std::vector<float>& inv_freq, float scale, bool interleaved) {
-             self.program.add_rope(label, place(x), heads, inv_freq, scale, interleaved);
-           })
+           [](Held& self, const std::string& label, PlaceTuple x, std::size_t heads, const std::vector<float>& inv_freq,
+              float scale,
+              bool interleaved) { self.program.add_rope(label, place(x), heads, inv_freq, scale, interleaved); })
       .def("add_attention",
            [](Held& self, const std::string& label, PlaceTuple out, PlaceTuple q, PlaceTuple k, PlaceTuple v,
               std::size_t layer, std::size_t heads, float scale, std::size_t window, float softcap,
@@ -221,8 +220,8 @@ void bind_engine(nb::module_& m) {
            [](Held& self, const std::string& label, PlaceTuple out, PlaceTuple x, PlaceTuple scores, int gate_up,
               int down, std::size_t top_k, const std::string& routing, bool normalize, std::vector<float> gate_up_bias,
               std::vector<float> down_bias, const std::string& kind, float limit, bool interleaved, bool add) {
-             const Routing how = one_of<Routing>(
-                 routing, {{"softmax", Routing::softmax}, {"top_k_softmax", Routing::top_k_softmax}});
+             const Routing how =
+                 one_of<Routing>(routing, {{"softmax", Routing::softmax}, {"top_k_softmax", Routing::top_k_softmax}});
              self.program.add_experts(
                  label, {place(out), place(x), place(scores), gate_up, down, top_k, how, normalize,
                          std::move(gate_up_bias), std::move(down_bias), activation(kind), limit, interleaved, add});

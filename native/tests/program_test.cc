@@ -79,20 +79,20 @@ std::vector<float> run_program(int threads, Mode mode, const std::vector<int>& s
     return program.add_weight(random_weight(random, keep, name, experts, rows, columns, mode, kernels));
   };
   const Place x = buffer(kWidth), h = buffer(kWidth), q = buffer(kHeads * kHead), k = buffer(kKvHeads * kHead),
-              v = buffer(kKvHeads * kHead), o = buffer(kHeads * kHead), scores = buffer(kExperts), last = buffer(kWidth),
-              logits = buffer(kVocabulary);
+              v = buffer(kKvHeads * kHead), o = buffer(kHeads * kHead), scores = buffer(kExperts),
+              last = buffer(kWidth), logits = buffer(kVocabulary);
   std::vector<float> embedding(kVocabulary * kWidth), ones(kWidth, 1.0f);
   std::normal_distribution<float> normal(0, 1);
   for (float& value : embedding) value = normal(random);
-  Weight plain{"embed", 1, kVocabulary, kWidth, false, {embedding.data(), Dtype::f32, kVocabulary, kWidth, false}, {}, 0,
-               {}, {}};
+  Weight plain{"embed", 1, kVocabulary, kWidth, false, {embedding.data(), Dtype::f32, kVocabulary, kWidth, false},
+               {},      0, {},          {}};
   const int table = program.add_weight(std::move(plain));
   program.add_embed("embed", x, table, false, 0, 1.0f, false);
   for (std::size_t layer = 0; layer < 2; ++layer) {
     program.add_norm("norm", h, x, ones, {}, NormKind::rms, 1e-5f, false, 1);
-    program.add_linear("qkv", h, {q, k, v},
-                       {weight("q", 1, q.width, kWidth), weight("k", 1, k.width, kWidth), weight("v", 1, v.width, kWidth)},
-                       {}, false);
+    program.add_linear(
+        "qkv", h, {q, k, v},
+        {weight("q", 1, q.width, kWidth), weight("k", 1, k.width, kWidth), weight("v", 1, v.width, kWidth)}, {}, false);
     const std::vector<float> frequencies = {1.0f, 0.5f, 0.25f, 0.1f};
     program.add_rope("rope q", q, kHeads, frequencies, 1.0f, false);
     program.add_rope("rope k", k, kKvHeads, frequencies, 1.0f, false);
@@ -100,9 +100,20 @@ std::vector<float> run_program(int threads, Mode mode, const std::vector<int>& s
     program.add_linear("o", o, {x}, {weight("o", 1, kWidth, o.width)}, {}, true);
     program.add_norm("norm", h, x, ones, {}, NormKind::rms, 1e-5f, false, 1);
     program.add_linear("router", h, {scores}, {weight("router", 1, kExperts, kWidth)}, {}, false);
-    program.add_experts("experts", {x, h, scores, weight("gate_up", kExperts, 2 * kInner, kWidth),
-                                    weight("down", kExperts, kWidth, kInner), 2, Routing::softmax, true, {}, {},
-                                    Activation::silu, 0.0f, false, true});
+    program.add_experts("experts", {x,
+                                    h,
+                                    scores,
+                                    weight("gate_up", kExperts, 2 * kInner, kWidth),
+                                    weight("down", kExperts, kWidth, kInner),
+                                    2,
+                                    Routing::softmax,
+                                    true,
+                                    {},
+                                    {},
+                                    Activation::silu,
+                                    0.0f,
+                                    false,
+                                    true});
   }
   program.add_select("select", last, x);
   program.add_linear("head", last, {logits}, {table}, {}, false);
@@ -136,7 +147,8 @@ int main() {
   for (const int threads : {1, 2, 4, 7}) test_pool(threads);
   for (const Mode mode : {Mode::exact, Mode::standard, Mode::fast}) {
     const std::vector<float> wanted = run_program(1, mode, {24});
-    for (const int threads : {2, 3, 4, 8}) check(same(run_program(threads, mode, {24}), wanted), "threads change bytes");
+    for (const int threads : {2, 3, 4, 8})
+      check(same(run_program(threads, mode, {24}), wanted), "threads change bytes");
     const std::vector<float> cut = run_program(2, mode, {5, 1, 1, 17});
     float worst = 0, most = 0;
     for (std::size_t i = 0; i < cut.size(); ++i) {

@@ -21,9 +21,9 @@ from tests.parity.test_families_reference import in_chunks, save, worst
 # another order. Measured: at most 2e-6.
 EXACT = 1e-5
 # int8 activations in groups of 32 are off by up to 1/254 of a group's largest; rows of 40 weights average little of it
-# away and a tiny random model amplifies it. Measured for the median token: 0.3 to 2 % of the largest logit (a token whose
-# router's choice flips is further off, hence the median). A wrong scale, group or table gives above 30 %. The kernels
-# alone are held to float rounding in native/tests.
+# away and a tiny random model amplifies it. Measured for the median token: 0.3 to 2 % of the largest logit (a token
+# whose router's choice flips is further off, hence the median). A wrong scale, group or table gives above 30 %. The
+# kernels alone are held to float rounding in native/tests.
 ROUNDED = 0.05
 OVERLAY_BITS = (2, 3, 4, 5, 8)
 

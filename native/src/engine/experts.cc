@@ -6,11 +6,11 @@ namespace {
 
 // One routed (token, expert) choice is a *pair*; pairs of an expert lie together, tokens ascending.
 struct Pairs {
-  std::vector<std::int32_t> experts;   // [T][top_k], as routed
-  std::vector<float> probabilities;    // likewise
-  std::vector<std::size_t> starts;     // [E + 1]: pairs of expert e are starts[e] .. starts[e+1]-1
-  std::vector<std::size_t> token_of;   // [pairs]
-  std::vector<std::size_t> place_of;   // [T][top_k] -> pair
+  std::vector<std::int32_t> experts;         // [T][top_k], as routed
+  std::vector<float> probabilities;          // likewise
+  std::vector<std::size_t> starts;           // [E + 1]: pairs of expert e are starts[e] .. starts[e+1]-1
+  std::vector<std::size_t> token_of;         // [pairs]
+  std::vector<std::size_t> place_of;         // [T][top_k] -> pair
   std::unique_ptr<float[]> x, hidden, down;  // f32[pairs][K], [pairs][3I], [pairs][N]; pages come as they are used
   QuantizedRoom room_x, room_hidden;
 };
@@ -64,7 +64,8 @@ void Program::add_experts(const std::string& label, ExpertsArguments arguments) 
     for (std::size_t pair = mine.begin; pair < mine.end; ++pair) {
       float* row = state->x.get() + pair * width;
       std::memcpy(row, x.data + state->token_of[pair] * x.stride, width * sizeof(float));
-      if (quantized_x) quantize_rows(*isa_.kernels, {row, width, width}, width, state->room_x.rows(pair, 1, width), {0, 1});
+      if (quantized_x)
+        quantize_rows(*isa_.kernels, {row, width, width}, width, state->room_x.rows(pair, 1, width), {0, 1});
     }
   });
   // One expert after another, all threads on its rows.
@@ -83,8 +84,8 @@ void Program::add_experts(const std::string& label, ExpertsArguments arguments) 
     }
   };
   node.phases.push_back([=, this, &gate_up](const Run& run, Share share) {
-    multiply_all(gate_up, state->x.get(), width, 0, state->hidden.get(), 3 * inner, arguments.gate_up_bias, state->room_x,
-                 run.input.bits, share);
+    multiply_all(gate_up, state->x.get(), width, 0, state->hidden.get(), 3 * inner, arguments.gate_up_bias,
+                 state->room_x, run.input.bits, share);
   });
   node.phases.push_back([=, this](const Run& run, Share share) {
     const Range mine = part_of(run.tokens(selected) * top_k, share);

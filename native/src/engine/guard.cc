@@ -42,7 +42,7 @@ void watch_mapping(const void* data, std::size_t bytes) {
   static std::once_flag installed;
   std::call_once(installed, [] {
     page_bytes = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = on_bus_error;
     action.sa_flags = SA_SIGINFO;
     sigemptyset(&action.sa_mask);

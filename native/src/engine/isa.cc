@@ -43,7 +43,8 @@ const Isa& choose_isa(const std::string& name) {
     if (name.empty() || name == isa.name) return isa;
     names += names.empty() ? isa.name : std::string(", ") + isa.name;
   }
-  throw std::invalid_argument("instruction set '" + name + "' is unknown or not on this processor, which runs " + names);
+  throw std::invalid_argument("instruction set '" + name + "' is unknown or not on this processor, which runs " +
+                              names);
 }
 
 }  // namespace everybit::engine

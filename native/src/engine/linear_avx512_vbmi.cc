@@ -19,7 +19,8 @@ namespace {
 using V = __m512i;
 constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
-// GFNI computes bit i of a byte as the parity of (row byte 7-i AND x): rotation matrices are the identity's rows, moved.
+// GFNI computes bit i of a byte as the parity of (row byte 7-i AND x): rotation matrices are the identity's rows,
+// moved.
 constexpr long long rotation(int left) {
   unsigned long long matrix = 0;
   for (int i = 0; i < 8; ++i) {
@@ -114,7 +115,8 @@ struct Lookup {
 
   explicit Lookup(const std::uint8_t* e) {
     if constexpr (kBits == 1) part[0] = _mm512_set1_epi16(static_cast<short>(e[0] | (e[1] << 8)));
-    if constexpr (kBits == 2) part[0] = _mm512_set1_epi32(*reinterpret_cast<const int __attribute__((may_alias, aligned(1)))*>(e));
+    if constexpr (kBits == 2)
+      part[0] = _mm512_set1_epi32(*reinterpret_cast<const int __attribute__((may_alias, aligned(1)))*>(e));
     if constexpr (kBits == 3)
       part[0] = _mm512_set1_epi64(*reinterpret_cast<const long long __attribute__((may_alias, aligned(1)))*>(e));
     if constexpr (kBits == 4) part[0] = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(e)));
@@ -132,8 +134,8 @@ struct Lookup {
   }
 };
 
-// sum + four-byte dot products of unsigned table bytes with signed activations. In assembler because gcc 12 copies every
-// accumulator of a tile in every step when it meets the intrinsic in a loop.
+// sum + four-byte dot products of unsigned table bytes with signed activations. In assembler because gcc 12 copies
+// every accumulator of a tile in every step when it meets the intrinsic in a loop.
 inline V dot(V sum, V table_bytes, V activations) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(table_bytes), "v"(activations));
   return sum;
@@ -161,7 +163,7 @@ struct RowPointers {
 
 template <int kBits, int kParts>
 inline V block_product(const Lookup<kBits>& high, const Lookup<kBits>& low, const std::uint8_t* const* at,
-                   std::size_t offset, __mmask64 bytes, bool whole, const std::int8_t* x) {
+                       std::size_t offset, __mmask64 bytes, bool whole, const std::int8_t* x) {
   V index[8];
   block_indices<kBits>(at, offset, bytes, whole, index);
   V sum_high = _mm512_setzero_si512(), sum_low = _mm512_setzero_si512();
@@ -185,13 +187,13 @@ void gemv(const Planes& planes, const Tables& tables, const QuantizedRows& x, Ra
     __m512 sum = _mm512_setzero_ps();
     std::size_t block = 0;
     for (; block < whole; ++block) {
-      const V product = block_product<kBits, kParts>(high, low, pointers.at, block * kBlockBytes, 0, true,
-                                             x.codes + block * kBlock);
+      const V product =
+          block_product<kBits, kParts>(high, low, pointers.at, block * kBlockBytes, 0, true, x.codes + block * kBlock);
       sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), _mm512_loadu_ps(x.scales + block * kGroups), sum);
     }
     if (tail) {
       const V product = block_product<kBits, kParts>(high, low, pointers.at, block * kBlockBytes, mask, false,
-                                             x.codes + block * kBlock);
+                                                     x.codes + block * kBlock);
       sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), _mm512_loadu_ps(x.scales + block * kGroups), sum);
     }
     finish(out, 0, row, tables.lines[2 * row] * _mm512_reduce_add_ps(sum) + tables.lines[2 * row + 1] * x.sums[0]);
@@ -252,8 +254,7 @@ inline void tile_block(const std::uint8_t* weights, std::size_t row_stride, cons
   for (int m = 0; m < kTokens; ++m) {
     const __m512 scale = _mm512_loadu_ps(x.scales + ((token + m) * x.blocks + block) * kGroups);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-      sums[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[r][m]), scale, sums[r][m]);
+    for (int r = 0; r < kRows; ++r) sums[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[r][m]), scale, sums[r][m]);
   }
 }
 
@@ -323,14 +324,22 @@ template <int kParts, class Source>
 void tile_columns(const Source& source, std::size_t row, std::size_t count, const Tables& tables,
                   const QuantizedRows& x, std::size_t token, std::size_t tokens, const Output& out) {
   switch (tokens) {
-    case 8: return tile_column<kParts, 8>(source, row, count, tables, x, token, out);
-    case 7: return tile_column<kParts, 7>(source, row, count, tables, x, token, out);
-    case 6: return tile_column<kParts, 6>(source, row, count, tables, x, token, out);
-    case 5: return tile_column<kParts, 5>(source, row, count, tables, x, token, out);
-    case 4: return tile_column<kParts, 4>(source, row, count, tables, x, token, out);
-    case 3: return tile_column<kParts, 3>(source, row, count, tables, x, token, out);
-    case 2: return tile_column<kParts, 2>(source, row, count, tables, x, token, out);
-    default: return tile_column<kParts, 1>(source, row, count, tables, x, token, out);
+    case 8:
+      return tile_column<kParts, 8>(source, row, count, tables, x, token, out);
+    case 7:
+      return tile_column<kParts, 7>(source, row, count, tables, x, token, out);
+    case 6:
+      return tile_column<kParts, 6>(source, row, count, tables, x, token, out);
+    case 5:
+      return tile_column<kParts, 5>(source, row, count, tables, x, token, out);
+    case 4:
+      return tile_column<kParts, 4>(source, row, count, tables, x, token, out);
+    case 3:
+      return tile_column<kParts, 3>(source, row, count, tables, x, token, out);
+    case 2:
+      return tile_column<kParts, 2>(source, row, count, tables, x, token, out);
+    default:
+      return tile_column<kParts, 1>(source, row, count, tables, x, token, out);
   }
 }
 
@@ -371,11 +380,13 @@ void gemm(ExpandBlock expand, const Planes& planes, const Tables& tables, const 
 constexpr float kLeast = 0x1p-100f;  // a group below is zero: 127 / max must not overflow
 
 void quantize(const float* x, std::size_t columns, std::int8_t* codes, float* scales, float* sum) {
-  // Transposes 64 x 8 bytes: byte 8l + t goes to 64t + l. First within each register (8 bytes l = 0..7 of 8 steps), then
-  // across: register i holds weights 64i .. 64i+63, so l = 8i .. 8i+7, and its qword t after the permutation is step t.
+  // Transposes 64 x 8 bytes: byte 8l + t goes to 64t + l. First within each register (8 bytes l = 0..7 of 8 steps),
+  // then across: register i holds weights 64i .. 64i+63, so l = 8i .. 8i+7, and its qword t after the permutation is
+  // step t.
   alignas(64) static constexpr std::uint8_t kTranspose[64] = {
-      0, 8,  16, 24, 32, 40, 48, 56, 1, 9,  17, 25, 33, 41, 49, 57, 2, 10, 18, 26, 34, 42, 50, 58, 3, 11, 19, 27, 35, 43, 51, 59,
-      4, 12, 20, 28, 36, 44, 52, 60, 5, 13, 21, 29, 37, 45, 53, 61, 6, 14, 22, 30, 38, 46, 54, 62, 7, 15, 23, 31, 39, 47, 55, 63};
+      0,  8,  16, 24, 32, 40, 48, 56, 1,  9,  17, 25, 33, 41, 49, 57, 2,  10, 18, 26, 34, 42,
+      50, 58, 3,  11, 19, 27, 35, 43, 51, 59, 4,  12, 20, 28, 36, 44, 52, 60, 5,  13, 21, 29,
+      37, 45, 53, 61, 6,  14, 22, 30, 38, 46, 54, 62, 7,  15, 23, 31, 39, 47, 55, 63};
   const V transpose = _mm512_load_si512(kTranspose);
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   double total = 0;
@@ -402,14 +413,15 @@ void quantize(const float* x, std::size_t columns, std::int8_t* codes, float* sc
         const float scale = some ? most / 127.0f : (finite ? 0.0f : __builtin_nanf(""));
         scales[2 * i + half] = scale;
         total += static_cast<double>(scale) * ints;
-        const __m256i packed = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtsepi32_epi8(qa)),
-                                                       _mm512_cvtsepi32_epi8(qb), 1);
+        const __m256i packed =
+            _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtsepi32_epi8(qa)), _mm512_cvtsepi32_epi8(qb), 1);
         bytes = half ? _mm512_inserti64x4(bytes, packed, 1) : _mm512_inserti64x4(bytes, packed, 0);
       }
       _mm512_store_si512(qwords[i], _mm512_permutexvar_epi8(transpose, bytes));
     }
     for (int t = 0; t < 8; ++t)
-      for (int i = 0; i < 8; ++i) *reinterpret_cast<std::uint64_t __attribute__((may_alias))*>(codes + 64 * t + 8 * i) = qwords[i][t];
+      for (int i = 0; i < 8; ++i)
+        *reinterpret_cast<std::uint64_t __attribute__((may_alias))*>(codes + 64 * t + 8 * i) = qwords[i][t];
   }
   *sum = static_cast<float>(total);
 }
@@ -419,8 +431,8 @@ void quantize(const float* x, std::size_t columns, std::int8_t* codes, float* sc
 void make_table(const Cells& cells, int bits, std::uint8_t* entries) {
   const std::size_t count = std::size_t{1} << bits;
   const __m512 centre = _mm512_loadu_ps(cells.centre), offset = _mm512_set1_ps(cells.offset);
-  const __m512 ladder = _mm512_cvtepi32_ps(
-      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(cells.ladder))));
+  const __m512 ladder =
+      _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(cells.ladder))));
   const __m512 inverse = _mm512_set1_ps(cells.scale > 0 ? 1.0f / cells.scale : 0.0f);
   const __m512 least = _mm512_setzero_ps(), most = _mm512_set1_ps(65535.0f), step = _mm512_set1_ps(cells.step);
   for (std::size_t i = 0; i < count; i += 16) {
@@ -428,7 +440,8 @@ void make_table(const Cells& cells, int bits, std::uint8_t* entries) {
         _mm512_mul_ps(ladder, _mm512_set1_ps(static_cast<float>(cell_grid(static_cast<unsigned>(i >> 4), bits))));
     // Rounded after the product, as the container says: a fused one would differ from the kept tables.
     const __m512 value = _mm512_add_ps(centre, _mm512_mul_round_ps(step, factor, kNearest));
-    const __m512 steps = _mm512_max_ps(_mm512_min_ps(_mm512_mul_ps(_mm512_sub_ps(value, offset), inverse), most), least);
+    const __m512 steps =
+        _mm512_max_ps(_mm512_min_ps(_mm512_mul_ps(_mm512_sub_ps(value, offset), inverse), most), least);
     const V entry = _mm512_cvtps_epi32(steps);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(entries + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(entry, 8)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(entries + count + i), _mm512_cvtepi32_epi8(entry));
@@ -457,8 +470,7 @@ const Kernels& avx512_vbmi_kernels() {
       256,
       quantize,
       {nullptr, gemv_any<1>, gemv_any<2>, gemv_any<3>, gemv_any<4>, gemv_any<5>, gemv_any<6>, gemv_any<7>, gemv_any<8>},
-      {nullptr, gemm_any<1>, gemm_any<2>, gemm_any<3>, gemm_any<4>, gemm_any<5>, gemm_any<6>, gemm_any<7>,
-       gemm_any<8>},
+      {nullptr, gemm_any<1>, gemm_any<2>, gemm_any<3>, gemm_any<4>, gemm_any<5>, gemm_any<6>, gemm_any<7>, gemm_any<8>},
       make_table};
   return kKernels;
 }

@@ -27,11 +27,13 @@ Program::Program(const ProgramOptions& options, std::size_t layers, std::size_t 
       layer_bytes_(kv_blocks * kv_bytes_per_block(kv_dtype, kv_heads, head_dim)),
       kv_dtype_(kv_dtype) {
   if (kv_bytes() > 0) {
-    void* memory = mmap(nullptr, kv_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, kv_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     kv_ = static_cast<std::uint8_t*>(memory);
   }
-  scratch_stride_ = (std::max(kScratchBytes + PreparedTables::kRoomBytes, attention_scratch_bytes(head_dim)) + 4095) / 4096 * 4096;
+  scratch_stride_ =
+      (std::max(kScratchBytes + PreparedTables::kRoomBytes, attention_scratch_bytes(head_dim)) + 4095) / 4096 * 4096;
   scratch_.resize(scratch_stride_ * pool_.size() + 4096);
   scratch_offset_ = (4096 - reinterpret_cast<std::uintptr_t>(scratch_.data()) % 4096) % 4096;
   positions_.resize(most_tokens_);
@@ -80,8 +82,8 @@ void Program::add_embed(const std::string& label, Place out, int weight, bool po
   });
 }
 
-void Program::add_norm(const std::string& label, Place out, Place x, std::vector<float> weight,
-                       std::vector<float> bias, NormKind kind, float eps, bool unit_offset, std::size_t groups) {
+void Program::add_norm(const std::string& label, Place out, Place x, std::vector<float> weight, std::vector<float> bias,
+                       NormKind kind, float eps, bool unit_offset, std::size_t groups) {
   add_node(label, out).phases.push_back([=, this, selected = selected_](const Run& run, Share share) {
     isa_.ops->norm(kind, at(run, out), at(run, x), run.tokens(selected), data_or_null(weight), data_or_null(bias), eps,
                    unit_offset, groups, share);
@@ -119,8 +121,8 @@ void Program::add_rope(const std::string& label, Place x, std::size_t heads, con
                             [&](const auto& rope) { return rope->inv_freq == inv_freq && rope->scale == scale; });
   if (found == ropes_.end()) {
     const std::size_t count = most_tokens_ * inv_freq.size();
-    ropes_.push_back(std::make_unique<RopeTable>(
-        RopeTable{inv_freq, scale, std::vector<float>(count), std::vector<float>(count)}));
+    ropes_.push_back(
+        std::make_unique<RopeTable>(RopeTable{inv_freq, scale, std::vector<float>(count), std::vector<float>(count)}));
     found = ropes_.end() - 1;
   }
   const RopeTable* table = found->get();

@@ -41,7 +41,8 @@ void share_rows(const std::vector<std::size_t>& rows, Share share, const F& f) {
 }
 
 // This thread's tokens of x [T, columns] in int8.
-inline void quantize_rows(const Kernels& kernels, Columns x, std::size_t columns, const QuantizedRows& to, Share share) {
+inline void quantize_rows(const Kernels& kernels, Columns x, std::size_t columns, const QuantizedRows& to,
+                          Share share) {
   const Range mine = part_of(to.tokens, share);
   for (std::size_t t = mine.begin; t < mine.end; ++t)
     kernels.quantize(x.data + t * x.stride, columns, to.codes + t * to.blocks * kBlock,

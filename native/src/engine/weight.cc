@@ -197,8 +197,7 @@ void multiply(const Weight& weight, std::size_t expert, int bits, Mode mode, con
     return;
   }
   float* values = reinterpret_cast<float*>(static_cast<std::uint8_t*>(scratch) + kDenseScratchBytes);
-  const std::size_t most =
-      std::max<std::size_t>(1, kExactBytes / (4 * weight.columns) / 8 * 8);
+  const std::size_t most = std::max<std::size_t>(1, kExactBytes / (4 * weight.columns) / 8 * 8);
   for (std::size_t row = rows.begin; row < rows.end; row += most) {
     const std::size_t count = std::min(most, rows.end - row);
     dequantize_rows(planes.plane, own, tables.values(first), {row, row + count}, weight.columns, values);

@@ -1,4 +1,4 @@
-"""The fast back end: a Program and a Checkpoint handed over to C++ (native/src/engine/), weights staying in their files."""
+"""The fast back end: a Program and a Checkpoint handed over to C++ (native/src/engine/); weights stay in their files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BLOCK_TOKENS: int = _native.BLOCK_TOKENS
 class Native:
     """Runs a program natively. One step at a time; the KV cache and all buffers belong to it.
 
-    `mode` is exact, default or fast (docs/design/0002); `isa` an instruction set or "" for the best; `pin` processors for
+    `mode` is exact, default or fast (docs/design/0002); `isa` an instruction set or "" for the best; `pin` processors of
     the threads. `kv_blocks` blocks of BLOCK_TOKENS tokens are reserved, and take memory when they are first written.
 
     Cost: planes stay in the mapped file; tables of a precision are built when `prepare` or `run` first sees it.
@@ -203,9 +203,7 @@ class Native:
             case ops.Linear():
                 biases = [self._vector(bias) for bias in op.biases]
                 weights = [self._weight(name, op.transposed) for name in op.weights]
-                native.add_linear(
-                    op.weights[0], place(op.x), [place(out) for out in op.outs], weights, biases, op.add
-                )
+                native.add_linear(op.weights[0], place(op.x), [place(out) for out in op.outs], weights, biases, op.add)
             case ops.Rope():
                 native.add_rope(label, place(op.x), op.heads, list(op.inv_freq), op.scale, op.interleaved)
             case ops.Attention():

@@ -63,8 +63,8 @@ class Runtime:
     ) -> Runtime:
         """An overlay, or a folder of float safetensors, ready to run.
 
-        `threads` 0: one per processor this process may use. `isa` None: $EVERYBIT_ISA, else the best this processor runs.
-        `context` None: the model's own. `mode` exact, default or fast: docs/design/0002. `verify=False` trusts the files.
+        `threads` 0: one per processor this process may use. `isa` None: $EVERYBIT_ISA, else the best there is.
+        `context` None: the model's own. `mode` exact, default or fast: docs/design/0002. `verify=False`: no checksums.
 
         Cost: no weight is read or copied; a precision is verified and its tables built at its first use.
         Raises: FormatError, ModelError (architecture, option or processor), ContextError
@@ -120,11 +120,11 @@ class Runtime:
         Mutates: the sequence's cache and length
         Raises:  ContextError, PrecisionError, ModelError (token ids outside the vocabulary, no tokens)
         """
-        logits = None
+        logits: F32 = np.empty((0, self.vocabulary), np.float32)
         for part, rows in self._chunks(sequence, tokens, last_only=True):
             logits = self._run([(part, sequence)], rows, bits)
-        assert logits is not None  # _chunks refused an empty list
-        return logits[0]
+        last: F32 = logits[0]  # _chunks refuses an empty list
+        return last
 
     def score(self, sequence: int, tokens: Sequence[int], bits: int = 0) -> Iterator[F32]:
         """As prefill, but the logits of every token, in pieces f32[n, V] that together cover `tokens`."""
@@ -202,8 +202,8 @@ class Runtime:
             raise ModelError(f"sequence {sequence} arrived, this runtime has 0 to {self.sequences - 1}")
         if (have := self.lengths[sequence]) + new > self.context:
             raise ContextError(
-                f"{have} tokens in sequence {sequence} and {new} more make {have + new}, the context is {self.context}: "
-                "shorten the text or open the model with a larger context"
+                f"{have} tokens in sequence {sequence} and {new} more make {have + new}, the context is "
+                f"{self.context}: shorten the text or open the model with a larger context"
             )
 
 
@@ -224,5 +224,3 @@ def check_threads(threads: int) -> int:
             f"(4 for each of {processors} processors)"
         )
     return threads or processors
-
-

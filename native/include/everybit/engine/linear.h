@@ -1,11 +1,11 @@
 // Quantized linear layers: activations in groups of int8, weights as bit-planes with a table per row.
 //
 // The layout is that of the container (docs/spec.md): plane p is u8[N][ceil(K/8)], bit t of byte l = weight 8l + t.
-// A *block* is 512 weights: 64 bytes of each plane. Rotating the bytes of the merged planes right by t leaves in the low
-// bits of byte l the index of weight 8l + t; *step* t of a block therefore works on the 64 weights 8l + t, l = 0..63,
-// and activations are permuted once per token to match: byte 64t + l of a block is x[8l + t]. A four-byte dot product
-// then leaves in 32-bit lane j, summed over the eight steps, exactly the 32 consecutive weights 32j .. 32j+31, so the
-// scale of an activation group is applied once per block.
+// A *block* is 512 weights: 64 bytes of each plane. Rotating the bytes of the merged planes right by t leaves in the
+// low bits of byte l the index of weight 8l + t; *step* t of a block therefore works on the 64 weights 8l + t, l =
+// 0..63, and activations are permuted once per token to match: byte 64t + l of a block is x[8l + t]. A four-byte dot
+// product then leaves in 32-bit lane j, summed over the eight steps, exactly the 32 consecutive weights 32j .. 32j+31,
+// so the scale of an activation group is applied once per block.
 //
 // Shape letters: T tokens, N out-features, K in-features; blocks = ceil(K/512).
 #pragma once
@@ -17,10 +17,10 @@
 
 namespace everybit::engine {
 
-constexpr std::size_t kBlock = 512;                 // weights
-constexpr std::size_t kBlockBytes = kBlock / 8;     // of one plane
-constexpr std::size_t kGroup = 32;                  // activations with one scale
-constexpr std::size_t kGroups = kBlock / kGroup;    // of a block
+constexpr std::size_t kBlock = 512;               // weights
+constexpr std::size_t kBlockBytes = kBlock / 8;   // of one plane
+constexpr std::size_t kGroup = 32;                // activations with one scale
+constexpr std::size_t kGroups = kBlock / kGroup;  // of a block
 
 // One matrix, as it lies in the mapped file. Reading beyond a plane's last byte is never allowed.
 struct Planes {
@@ -29,9 +29,9 @@ struct Planes {
   std::size_t columns;           // K
 };
 
-// The tables of one precision in the kernels' form. Entry i of a table belongs to the code whose bit in plane p is bit p
-// of i (the container's code, bit-reversed: one rotation per plane builds the index at every precision).
-// value = scale * (base * high[i] + low[i]) + offset with two parts, scale * high[i] + offset with one.
+// The tables of one precision in the kernels' form. Entry i of a table belongs to the code whose bit in plane p is bit
+// p of i (the container's code, bit-reversed: one rotation per plane builds the index at every precision). value =
+// scale * (base * high[i] + low[i]) + offset with two parts, scale * high[i] + offset with one.
 struct Tables {
   int bits;                     // 1..8
   int parts;                    // 2: sixteen-bit tables (or fourteen, see Kernels::base); 1: bytes

@@ -32,7 +32,7 @@ struct ProgramOptions {
   std::vector<int> pin;
   std::string isa;  // empty: the best
   Mode mode = Mode::standard;
-  bool debug = false;  // look for non-finite numbers after every op
+  bool debug = false;             // look for non-finite numbers after every op
   std::size_t most_tokens = 512;  // of one step
 };
 

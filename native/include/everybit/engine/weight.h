@@ -12,17 +12,17 @@
 namespace everybit::engine {
 
 // How accurately quantized weights are multiplied (docs/design/0002). exact: float activations and float values.
-// standard: int8 activations in groups of 32; sixteen-bit tables from 3 bits on, bytes below, and bytes for prompts at up
-// to kBytePrefillBits. fast: byte tables everywhere.
+// standard: int8 activations in groups of 32; sixteen-bit tables from 3 bits on, bytes below, and bytes for prompts at
+// up to kBytePrefillBits. fast: byte tables everywhere.
 enum class Mode : std::uint8_t { exact, standard, fast };
 
 // With so many tokens a step is a prompt, bound by arithmetic: one byte per table entry halves the work and adds under
 // 1 % of a row's spread, about what int8 activations add (docs/design/0002).
 constexpr std::size_t kPrefillTokens = 32;
 
-// The tables of one weight at one precision: kept as the kernels want them, or, where a codebook of cells says them in 44
-// bytes a row, made for a few rows at a time just before these are multiplied (512 bytes a row of an 8-bit table would be
-// a quarter of what is read). What is made so is the same, entry for entry, as what would be kept.
+// The tables of one weight at one precision: kept as the kernels want them, or, where a codebook of cells says them in
+// 44 bytes a row, made for a few rows at a time just before these are multiplied (512 bytes a row of an 8-bit table
+// would be a quarter of what is read). What is made so is the same, entry for entry, as what would be kept.
 class PreparedTables {
  public:
   // values f32[rows][2^bits], in the container's code order. Needs: finite. Cost: rows * 2^bits * (1 or 2) bytes, and
@@ -55,10 +55,10 @@ struct Weight {
   std::string name;
   std::size_t experts, rows, columns;  // rows of one expert
   bool quantized;
-  Matrix plain;                      // of all experts, one after another
-  Planes planes;                     // likewise
-  int planes_held;                   // how many of planes.plane there are
-  std::array<int, 9> served;         // the weight's own precision when the model runs at b; 0: not served
+  Matrix plain;               // of all experts, one after another
+  Planes planes;              // likewise
+  int planes_held;            // how many of planes.plane there are
+  std::array<int, 9> served;  // the weight's own precision when the model runs at b; 0: not served
   std::array<std::unique_ptr<PreparedTables>, 9> tables;  // by the weight's own precision
 
   Planes planes_at(std::size_t row) const;
