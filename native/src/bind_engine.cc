@@ -9,7 +9,6 @@
 
 #include <tuple>
 
-#include "everybit/engine/guard.h"
 #include "everybit/engine/program.h"
 #include "everybit/engine/sample.h"
 
@@ -57,7 +56,7 @@ int add_plain(Held& self, const std::string& name, const Bytes& data, const std:
   require(data.size() == experts * rows * columns * (kind == Dtype::f32 ? 4 : 2),
           name + " has " + std::to_string(data.size()) + " bytes, which is not its shape");
   Weight weight{name, experts, rows, columns, false, {data.data(), kind, rows, columns, transposed}, {}, 0, {}, {}};
-  watch_mapping(data.data(), data.size());
+  self.program.watch(data.data(), data.size());
   self.arrays.push_back(nb::cast(data));
   return self.program.add_weight(std::move(weight));
 }
@@ -74,7 +73,7 @@ int add_planes(Held& self, const std::string& name, const std::vector<Array<cons
     require(planes[p].shape(0) == all_rows && planes[p].shape(1) == weight.planes.row_bytes,
             name + ": plane " + std::to_string(p) + " has another shape than its weight");
     weight.planes.plane[p] = planes[p].data();
-    watch_mapping(planes[p].data(), planes[p].size());
+    self.program.watch(planes[p].data(), planes[p].size());
     self.arrays.push_back(nb::cast(planes[p]));
   }
   for (std::size_t b = 0; b < 9; ++b) {

@@ -151,7 +151,6 @@ def test_a_file_cut_short_under_a_running_model(
     assert line.startswith(("FormatError", "ChecksumError")), line
 
 
-@pytest.mark.xfail(reason="a lost page is reported once, and read as zeros from then on", strict=True)
 def test_a_cut_file_stays_refused(wide: Path, tmp_path: Path) -> None:
     shutil.copytree(wide, tmp_path / "overlay")
     done = python(CUT_SCRIPT, tmp_path / "overlay", 0.3, "verify", 4, 4, 3)

@@ -13,7 +13,7 @@ namespace everybit::engine {
 namespace {
 
 constexpr std::size_t kDepth = 768;  // columns
-constexpr std::size_t kPanel = 64;   // tokens: x of kDepth columns and this many tokens is 1.5 MiB (L2)
+constexpr std::size_t kPanel = 128;  // tokens: x of kDepth columns and this many tokens is 384 KiB (L2)
 constexpr std::size_t kRows = 8;     // of W at a time
 // Sums in registers are kTokens * kMicro; more tokens than 3 would not leave room for x, fewer read more of L1.
 constexpr std::size_t kTokens = 3;

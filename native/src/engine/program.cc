@@ -49,6 +49,8 @@ int Program::add_buffer(std::size_t width) {
   return static_cast<int>(widths_.size()) - 1;
 }
 
+void Program::watch(const void* data, std::size_t bytes) { maps_.push_back(watch_mapping(data, bytes)); }
+
 int Program::add_weight(Weight weight) {
   weights_.push_back(std::make_unique<Weight>(std::move(weight)));
   return static_cast<int>(weights_.size()) - 1;
@@ -181,7 +183,6 @@ void Program::run(const StepInput& input) {
       positions_[static_cast<std::size_t>(row)] = sequences.past[s] + row - sequences.starts[s];
   const Run run{input};
   std::string failure;
-  take_lost_page();  // whatever happened before is not ours
   pool_.run([&](Share share) {
     for (const auto& rope : ropes_)
       isa_.ops->rope_table(positions_.data(), input.tokens_count, rope->inv_freq.data(), rope->inv_freq.size(),
@@ -201,7 +202,7 @@ void Program::run(const StepInput& input) {
       if (debug_) pool_.barrier();
     }
   });
-  if (take_lost_page())
+  if (std::any_of(maps_.begin(), maps_.end(), [](const auto* lost) { return lost->load(std::memory_order_acquire); }))
     throw StepError("a weight file was cut short while it was in use: restore the file and load the model again");
   if (!failure.empty()) throw StepError(failure);
 }

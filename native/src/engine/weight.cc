@@ -45,8 +45,9 @@ void make_table(const Cells& cells, int bits, int base, std::uint8_t* entries) {
   }
 }
 
-// Rows dequantized at a time in exact mode: they fit into the first level of cache with room for activations.
-constexpr std::size_t kExactBytes = std::size_t{24} << 10;
+// Rows dequantized at a time in exact mode: within the first level of cache, or, where many tokens share them, enough
+// rows for the dense kernel to reuse its activations.
+constexpr std::size_t kExactBytes = std::size_t{24} << 10, kExactPromptBytes = std::size_t{512} << 10;
 
 }  // namespace
 
@@ -197,7 +198,8 @@ void multiply(const Weight& weight, std::size_t expert, int bits, Mode mode, con
     return;
   }
   float* values = reinterpret_cast<float*>(static_cast<std::uint8_t*>(scratch) + kDenseScratchBytes);
-  const std::size_t most = std::max<std::size_t>(1, kExactBytes / (4 * weight.columns) / 8 * 8);
+  const std::size_t most = std::max<std::size_t>(
+      1, (tokens < kPrefillTokens ? kExactBytes : kExactPromptBytes) / (4 * weight.columns) / 8 * 8);
   for (std::size_t row = rows.begin; row < rows.end; row += most) {
     const std::size_t count = std::min(most, rows.end - row);
     dequantize_rows(planes.plane, own, tables.values(first), {row, row + count}, weight.columns, values);

@@ -1,4 +1,4 @@
-"""The fast back end: a Program and a Checkpoint handed over to C++ (native/src/engine/); weights stay in their files."""
+"""The fast back end: Program and a Checkpoint handed over to C++ (native/src/engine/); weights stay in their files."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ BLOCK_TOKENS: int = _native.BLOCK_TOKENS
 class Native:
     """Runs a program natively. One step at a time; the KV cache and all buffers belong to it.
 
-    `mode` is exact, default or fast (docs/design/0002); `isa` an instruction set or "" for the best; `pin` processors of
-    the threads. `kv_blocks` blocks of BLOCK_TOKENS tokens are reserved, and take memory when they are first written.
+    `mode` is exact, default or fast (docs/design/0002); `isa` an instruction set or "" for the best; `pin` processors
+    for the threads. `kv_blocks` blocks of BLOCK_TOKENS tokens are reserved, and take memory when first written.
 
     Cost: planes stay in the mapped file; tables of a precision are built when `prepare` or `run` first sees it.
     Raises: ModelError (a weight of a dtype it cannot multiply), FormatError, ChecksumError

@@ -59,6 +59,8 @@ class Program {
 
   int add_buffer(std::size_t width);
   int add_weight(Weight weight);
+  // Memory of a mapped file that weights point into: once a page of it is lost, every step fails.
+  void watch(const void* data, std::size_t bytes);
   Weight& weight(int id) { return *weights_[static_cast<std::size_t>(id)]; }
   std::size_t weight_count() const { return weights_.size(); }
 
@@ -126,6 +128,7 @@ class Program {
   std::vector<std::unique_ptr<Node>> nodes_;
   std::vector<std::unique_ptr<RopeTable>> ropes_;
   QuantizedRoom room_;
+  std::vector<const std::atomic<bool>*> maps_;
   std::vector<std::int32_t> positions_;
   std::vector<std::uint8_t> scratch_;
   std::size_t scratch_stride_, scratch_offset_;
