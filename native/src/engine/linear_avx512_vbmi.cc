@@ -17,6 +17,9 @@ namespace everybit::engine {
 namespace {
 
 using V = __m512i;
+// Bytes of a plane fetched ahead with one token. Measured from memory, 4096 x 2048 rows, one thread, Gweights/s at 3
+// bits: none 29.7, 512 32.0, 1024 35.9, 2048 36.4, 4096 36.8.
+constexpr std::size_t kGemvAhead = 2048;
 constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
 // GFNI computes bit i of a byte as the parity of (row byte 7-i AND x): rotation matrices are the identity's rows,
@@ -69,19 +72,24 @@ inline void merge_quad(const V* planes, V* quad) {
   }
 }
 
+// `ahead` bytes further on are fetched while we are here (0: nothing). The hardware follows each plane, but not far
+// enough across pages and with this much arithmetic between two loads.
 template <int kBits, int kPlane = 0>
-inline void load_planes(const std::uint8_t* const* at, std::size_t offset, __mmask64 bytes, bool whole, V* planes) {
+inline void load_planes(const std::uint8_t* const* at, std::size_t offset, std::size_t ahead, __mmask64 bytes,
+                        bool whole, V* planes) {
   if constexpr (kPlane < kBits) {
+    if (ahead) _mm_prefetch(reinterpret_cast<const char*>(at[kPlane] + offset + ahead), _MM_HINT_T0);
     planes[kPlane] = rotate_left<kPlane>(whole ? load(at[kPlane] + offset) : load(at[kPlane] + offset, bytes));
-    load_planes<kBits, kPlane + 1>(at, offset, bytes, whole, planes);
+    load_planes<kBits, kPlane + 1>(at, offset, ahead, bytes, whole, planes);
   }
 }
 
 // The eight index vectors of a block; only the low kBits bits of each byte mean something.
 template <int kBits>
-inline void block_indices(const std::uint8_t* const* at, std::size_t offset, __mmask64 bytes, bool whole, V* index) {
+inline void block_indices(const std::uint8_t* const* at, std::size_t offset, std::size_t ahead, __mmask64 bytes,
+                          bool whole, V* index) {
   V planes[8];
-  load_planes<kBits>(at, offset, bytes, whole, planes);
+  load_planes<kBits>(at, offset, ahead, bytes, whole, planes);
   V low[4];
   merge_quad<(kBits < 4 ? kBits : 4)>(planes, low);
   if constexpr (kBits <= 4) {
@@ -165,7 +173,7 @@ template <int kBits, int kParts>
 inline V block_product(const Lookup<kBits>& high, const Lookup<kBits>& low, const std::uint8_t* const* at,
                        std::size_t offset, __mmask64 bytes, bool whole, const std::int8_t* x) {
   V index[8];
-  block_indices<kBits>(at, offset, bytes, whole, index);
+  block_indices<kBits>(at, offset, kGemvAhead, bytes, whole, index);
   V sum_high = _mm512_setzero_si512(), sum_low = _mm512_setzero_si512();
   for (int t = 0; t < 8; ++t) {
     const V step = activations(x + 64 * t);
@@ -175,28 +183,51 @@ inline V block_product(const Lookup<kBits>& high, const Lookup<kBits>& low, cons
   return kParts == 2 ? _mm512_add_epi32(_mm512_slli_epi32(sum_high, 8), sum_low) : sum_high;
 }
 
+// The sums of the lanes of four vectors, in order.
+inline __m128 reduce_four(const __m512* v) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+template <int kBits, int kParts>
+inline __m512 row_product(const Planes& planes, const Tables& tables, const QuantizedRows& x, std::size_t row) {
+  const std::size_t whole = planes.row_bytes / kBlockBytes, tail = planes.row_bytes % kBlockBytes;
+  const std::uint8_t* entries = tables.entries + row * tables.stride;
+  const Lookup<kBits> high(entries), low(entries + (kParts - 1) * (std::size_t{1} << kBits));
+  const RowPointers<kBits> pointers(planes, row);
+  __m512 sum = _mm512_setzero_ps();
+  std::size_t block = 0;
+  for (; block < whole; ++block) {
+    const V product =
+        block_product<kBits, kParts>(high, low, pointers.at, block * kBlockBytes, 0, true, x.codes + block * kBlock);
+    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), _mm512_loadu_ps(x.scales + block * kGroups), sum);
+  }
+  if (tail) {
+    const V product = block_product<kBits, kParts>(high, low, pointers.at, block * kBlockBytes, tail_mask(tail), false,
+                                                   x.codes + block * kBlock);
+    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), _mm512_loadu_ps(x.scales + block * kGroups), sum);
+  }
+  return sum;
+}
+
+// Four rows share one reduction of their lanes: rows are short (4 blocks at K = 2048).
 template <int kBits, int kParts>
 void gemv(const Planes& planes, const Tables& tables, const QuantizedRows& x, Range rows, const Output& out, void*) {
-  constexpr std::size_t kEntries = std::size_t{1} << kBits;
-  const std::size_t whole = planes.row_bytes / kBlockBytes, tail = planes.row_bytes % kBlockBytes;
-  const __mmask64 mask = tail_mask(tail);
-  for (std::size_t row = rows.begin; row < rows.end; ++row) {
-    const std::uint8_t* entries = tables.entries + row * tables.stride;
-    const Lookup<kBits> high(entries), low(entries + (kParts - 1) * kEntries);
-    const RowPointers<kBits> pointers(planes, row);
-    __m512 sum = _mm512_setzero_ps();
-    std::size_t block = 0;
-    for (; block < whole; ++block) {
-      const V product =
-          block_product<kBits, kParts>(high, low, pointers.at, block * kBlockBytes, 0, true, x.codes + block * kBlock);
-      sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), _mm512_loadu_ps(x.scales + block * kGroups), sum);
-    }
-    if (tail) {
-      const V product = block_product<kBits, kParts>(high, low, pointers.at, block * kBlockBytes, mask, false,
-                                                     x.codes + block * kBlock);
-      sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), _mm512_loadu_ps(x.scales + block * kGroups), sum);
-    }
-    finish(out, 0, row, tables.lines[2 * row] * _mm512_reduce_add_ps(sum) + tables.lines[2 * row + 1] * x.sums[0]);
+  for (std::size_t row = rows.begin; row < rows.end; row += 4) {
+    const std::size_t count = rows.end - row < 4 ? rows.end - row : 4;
+    __m512 sums[4] = {};
+    for (std::size_t r = 0; r < count; ++r) sums[r] = row_product<kBits, kParts>(planes, tables, x, row + r);
+    const __mmask8 used = static_cast<__mmask8>((1u << count) - 1);
+    const __m256 lines = _mm256_maskz_loadu_ps(static_cast<__mmask8>((1u << (2 * count)) - 1), tables.lines + 2 * row);
+    const __m128 first = _mm256_castps256_ps128(lines), second = _mm256_extractf128_ps(lines, 1);
+    const __m128 scale = _mm_shuffle_ps(first, second, 0x88), offset = _mm_shuffle_ps(first, second, 0xDD);
+    __m128 y = _mm_fmadd_ps(scale, reduce_four(sums), _mm_mul_ps(offset, _mm_set1_ps(x.sums[0])));
+    if (out.bias) y = _mm_add_ps(y, _mm_maskz_loadu_ps(used, out.bias + row));
+    if (out.add) y = _mm_add_ps(y, _mm_maskz_loadu_ps(used, out.data + row));
+    _mm_mask_storeu_ps(out.data + row, used, y);
   }
 }
 
@@ -211,10 +242,8 @@ void expand_block(const Planes& planes, const Tables& tables, std::size_t row, s
   const RowPointers<kBits> pointers(planes, row);
   const std::size_t offset = block * kBlockBytes;
   const bool whole = offset + kBlockBytes <= planes.row_bytes;
-  for (int p = 0; p < kBits; ++p)
-    _mm_prefetch(reinterpret_cast<const char*>(pointers.at[p]) + offset + ahead, _MM_HINT_T0);
   V index[8];
-  block_indices<kBits>(pointers.at, offset, whole ? 0 : tail_mask(planes.row_bytes - offset), whole, index);
+  block_indices<kBits>(pointers.at, offset, ahead, whole ? 0 : tail_mask(planes.row_bytes - offset), whole, index);
   for (int t = 0; t < 8; ++t) {
     _mm512_store_si512(to + 64 * t, high(index[t]));
     if constexpr (kParts == 2) _mm512_store_si512(to + kBlock + 64 * t, low(index[t]));

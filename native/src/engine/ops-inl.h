@@ -91,8 +91,8 @@ void norm(NormKind kind, Columns out, Columns x, std::size_t tokens, const float
 }
 
 // cos and sin of an angle in double: a multiple of pi/2 is taken off in two parts (the first has 33 bits, so multiples
-// up to 2^20 of it are exact and the error below 2^30 is under 1e-9 of a turn), then Taylor to x^15 and x^16 on
-// |x| <= pi/4 (next terms: 5e-17).
+// up to 2^20 of it are exact, which are angles up to 1.6 million), then Taylor to x^15 and x^16 on |x| <= pi/4 (next
+// terms: 5e-17).
 EVERYBIT_INLINE void turn(double angle, double* cosine, double* sine) {
   const double shift = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to a whole number
   const double quarters = (angle * 0.63661977236758134308 + shift) - shift;

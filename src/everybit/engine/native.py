@@ -16,11 +16,12 @@ from everybit.engine.ops import Columns
 from everybit.engine.program import Program, Step
 from everybit.errors import FormatError, ModelError
 from everybit.formats import Overlay
-from everybit.formats.codebooks import CELL_BITS, Cells
+from everybit.formats.codebooks import Cells
 from everybit.formats.weights import require_bits
 
 F32 = NDArray[np.float32]
 PLAIN = {"F32": 4, "F16": 2, "BF16": 2}
+MADE_BITS = 7  # from here on a table outweighs the cells it is made of (96 bytes a row in memory), so it is not kept
 BLOCK_TOKENS: int = _native.BLOCK_TOKENS
 
 
@@ -109,7 +110,7 @@ class Native:
     def _prepare_weight(self, overlay: Overlay, name: str, own: int) -> None:
         """Hand over the codebook of one weight at one of its own precisions."""
         spec, weight = overlay.weights[name], self._weights[name]
-        if self._mode == "exact" or spec.codebook != Cells.kind or own <= CELL_BITS:
+        if self._mode == "exact" or spec.codebook != Cells.kind or own < MADE_BITS:
             self._native.prepare(weight, own, overlay.table(name, own), self._threads)
             return
         tensor = spec.codebook_name(own)

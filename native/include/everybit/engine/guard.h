@@ -10,9 +10,9 @@
 
 namespace everybit::engine {
 
-// Watches [data, data + bytes) from now on; installs the handler at the first call. -> a flag that turns true when a page
-// of the range was lost, and stays so. Ranges are never forgotten: a mapped overlay lives as long as its program, and an
-// address that is no longer mapped cannot raise SIGBUS.
+// Watches [data, data + bytes) from now on; installs the handler at the first call. -> a flag that turns true when a
+// page of the range was lost, and stays so. Ranges are never forgotten: a mapped overlay lives as long as its program,
+// and an address that is no longer mapped cannot raise SIGBUS.
 const std::atomic<bool>* watch_mapping(const void* data, std::size_t bytes);
 
 }  // namespace everybit::engine

@@ -94,8 +94,8 @@ struct Ops {
   void (*norm)(NormKind, Columns out, Columns x, std::size_t tokens, const float* weight, const float* bias, float eps,
                bool unit_offset, std::size_t groups, Share);
 
-  // cosines, sines f32[T][pairs] = scale * cos, sin(position * inv_freq). The angle is formed and reduced in double:
-  // within 1 ulp (f32) of the exact values for positions below 2^30.
+  // cosines, sines f32[T][pairs] = scale * cos, sin(position * inv_freq). The angle is formed and reduced in double, so
+  // that the result has the rounding to f32 only, for angles up to 1.6 million.
   void (*rope_table)(const std::int32_t* positions, std::size_t tokens, const float* inv_freq, std::size_t pairs,
                      float scale, float* cosines, float* sines, Share);
   // Rotate the first 2 * pairs numbers of each of `heads` heads, in place.
