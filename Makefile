@@ -13,7 +13,7 @@ STAMP := $(VENV)/.everybit-setup
 NATIVE := $(shell find native -type f \( -name '*.cc' -o -name '*.h' -o -name 'CMakeLists.txt' \) 2>/dev/null)
 CXX_FORMATTED := $(filter %.cc %.h,$(NATIVE))
 
-.PHONY: help setup check format test test-all bench demo clean
+.PHONY: help setup check format test test-all test-native bench demo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/  \1\t/' | expand -t 14
@@ -41,6 +41,9 @@ test: setup  ## the fast tests (no GPU, no network, no download)
 
 test-all: setup  ## the slow tests too
 	$(BIN)/python -m pytest
+
+test-native:  ## the C++ tests under sanitizers (some minutes: it builds them)
+	bash scripts/native_tests.sh
 
 bench: setup  ## every script in benchmarks/
 	@for script in benchmarks/*.py; do [ -e "$$script" ] || continue; echo "== $$script"; $(BIN)/python "$$script" || exit 1; done

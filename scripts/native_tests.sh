@@ -20,3 +20,21 @@ for test in linear_test ops_test program_test sample_test; do "$BUILD/address/$t
 "$BUILD/address/linear_test" fuzz 1 "$FUZZ"
 configure thread "-fsanitize=thread" program_test
 "$BUILD/thread/program_test"
+
+if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then
+  # Emulated, so few shapes. Static, so that no Arm library is needed.
+  arm="$BUILD/arm"
+  mkdir -p "$arm"
+  flags=(-std=c++20 -O2 -ffp-contract=off -Inative/include -static)
+  aarch64-linux-gnu-g++ "${flags[@]}" -march=armv8.2-a+dotprod -c native/src/engine/linear_neon.cc -o "$arm/linear_neon.o"
+  aarch64-linux-gnu-g++ "${flags[@]}" -march=armv8.2-a+dotprod -c native/src/engine/ops_neon.cc -o "$arm/ops_neon.o"
+  aarch64-linux-gnu-g++ "${flags[@]}" native/tests/linear_test.cc native/src/engine/linear_scalar.cc "$arm/linear_neon.o" \
+    -o "$arm/linear_test"
+  aarch64-linux-gnu-g++ "${flags[@]}" native/tests/ops_test.cc native/src/engine/ops_scalar.cc "$arm/ops_neon.o" \
+    -o "$arm/ops_test"
+  echo "native tests: Arm, emulated"
+  qemu-aarch64 -cpu max "$arm/linear_test" fuzz 1 "${ARM_FUZZ:-60}"
+  qemu-aarch64 -cpu max "$arm/ops_test"
+else
+  echo "native tests: no aarch64-linux-gnu-g++ or qemu-aarch64 here, the Arm kernels were not run"
+fi

@@ -45,7 +45,9 @@ Program::~Program() {
 
 int Program::add_buffer(std::size_t width) {
   widths_.push_back(width);
-  buffers_.push_back(std::make_unique_for_overwrite<float[]>(width * most_tokens_ + 16));
+  memory_.push_back(std::make_unique_for_overwrite<float[]>(width * most_tokens_ + 16));
+  buffers_.push_back(
+      reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(memory_.back().get()) + 63) & ~std::uintptr_t{63}));
   return static_cast<int>(widths_.size()) - 1;
 }
 
@@ -58,7 +60,7 @@ int Program::add_weight(Weight weight) {
 
 Columns Program::at(const Run& run, Place place) const {
   const auto buffer = static_cast<std::size_t>(place.buffer);
-  float* data = place.buffer == logits_.buffer ? run.input.logits : buffers_[buffer].get();
+  float* data = place.buffer == logits_.buffer ? run.input.logits : buffers_[buffer];
   return {data + place.start, widths_[buffer], place.width};
 }
 

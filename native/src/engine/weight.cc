@@ -185,7 +185,7 @@ void multiply(const Weight& weight, std::size_t expert, int bits, Mode mode, con
   const std::size_t first = expert * weight.rows;
   const Planes planes = weight.planes_at(first);
   if (mode != Mode::exact) {
-    const bool bytes = mode == Mode::fast || tokens >= kPrefillTokens;
+    const bool bytes = mode == Mode::fast || tokens >= (own < kWideBits ? kPrefillTokens : 2);
     const LinearFunction multiply_rows = (tokens == 1 ? isa.kernels->gemv : isa.kernels->gemm)[own];
     if (!tables.made_on_the_fly())
       return multiply_rows(planes, tables.kept(first, bytes), quantized, rows, out, scratch);

@@ -123,7 +123,8 @@ class Program {
   bool selected_ = false;       // ops added from now on see the selected rows
   Place logits_{-1, 0, 0};
   std::vector<std::size_t> widths_;
-  std::vector<std::unique_ptr<float[]>> buffers_;
+  std::vector<std::unique_ptr<float[]>> memory_;
+  std::vector<float*> buffers_;  // in memory_, 64-byte aligned: no vector of a row straddles two cache lines
   std::vector<std::unique_ptr<Weight>> weights_;
   std::vector<std::unique_ptr<Node>> nodes_;
   std::vector<std::unique_ptr<RopeTable>> ropes_;

@@ -19,6 +19,8 @@ enum class Mode : std::uint8_t { exact, standard, fast };
 // With so many tokens a step is a prompt, bound by arithmetic: one byte per table entry halves the work and adds under
 // 1 % of a row's spread, about what int8 activations add (docs/design/0002).
 constexpr std::size_t kPrefillTokens = 32;
+// From so many bits on a lookup takes two or four registers of table, and arithmetic is the bound from two tokens on.
+constexpr int kWideBits = 7;
 
 // The tables of one weight at one precision: kept as the kernels want them, or, where a codebook of cells says them in
 // 44 bytes a row, made for a few rows at a time just before these are multiplied (512 bytes a row of an 8-bit table
