@@ -95,8 +95,10 @@ void prepare(Held& self, int id, int bits, const Array<const float, 2>& values, 
       bits >= 1 && bits <= weight.planes_held && values.shape(0) == rows && values.shape(1) == std::size_t{1} << bits,
       weight.name + ": a table of another shape than its weight");
   const nb::gil_scoped_release release;
-  weight.tables[static_cast<std::size_t>(bits)] = std::make_unique<PreparedTables>(
-      values.data(), rows, bits, self.program.mode(), *self.program.isa().kernels, threads);
+  self.program.prepare(id, bits, [&] {
+    return std::make_unique<PreparedTables>(values.data(), rows, bits, self.program.mode(), *self.program.isa().kernels,
+                                            threads);
+  });
 }
 
 void prepare_cells(Held& self, int id, int bits, const Array<const std::uint8_t, 2>& records) {
@@ -106,8 +108,9 @@ void prepare_cells(Held& self, int id, int bits, const Array<const std::uint8_t,
               self.program.mode() != Mode::exact,
           weight.name + ": cells of another shape than its weight, or in exact mode");
   const nb::gil_scoped_release release;
-  weight.tables[static_cast<std::size_t>(bits)] =
-      std::make_unique<PreparedTables>(records.data(), rows, bits, *self.program.isa().kernels);
+  self.program.prepare(id, bits, [&] {
+    return std::make_unique<PreparedTables>(records.data(), rows, bits, *self.program.isa().kernels);
+  });
 }
 
 std::size_t table_bytes(Held& self) {
@@ -122,6 +125,21 @@ void run(Held& self, const Ints& tokens, const Ints& starts, const Ints& past,
   const std::size_t sequences = past.shape(0);
   require(starts.shape(0) == sequences + 1 && blocks.shape(0) == sequences, "starts, past and blocks differ in length");
   require(logits.shape(0) == rows.shape(0), "one row of logits per selected row");
+  require(tokens.shape(0) <= self.program.most_tokens() && rows.shape(0) <= self.program.most_tokens(),
+          "a step of more tokens or rows than the program has room for");
+  require(starts(0) == 0 && static_cast<std::size_t>(starts(sequences)) == tokens.shape(0),
+          "starts do not cover tokens");
+  for (std::size_t s = 0; s < sequences; ++s) {
+    require(starts(s) <= starts(s + 1) && past(s) >= 0, "starts must ascend and past not be negative");
+    const std::size_t needed =
+        (static_cast<std::size_t>(past(s) + starts(s + 1) - starts(s)) + kBlockTokens - 1) / kBlockTokens;
+    require(needed <= blocks.shape(1), "a sequence has fewer blocks than tokens");
+    for (std::size_t i = 0; i < needed; ++i)
+      require(blocks(s, i) >= 0 && static_cast<std::size_t>(blocks(s, i)) < self.program.kv_blocks(),
+              "no such KV block");
+  }
+  for (std::size_t i = 0; i < rows.shape(0); ++i)
+    require(rows(i) >= 0 && static_cast<std::size_t>(rows(i)) < tokens.shape(0), "no such row");
   const Sequences where{sequences, starts.data(), past.data(), blocks.data(), blocks.shape(1)};
   const StepInput input{tokens.shape(0), tokens.data(), where, rows.shape(0), rows.data(), bits, logits.data()};
   const nb::gil_scoped_release release;

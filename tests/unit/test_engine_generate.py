@@ -35,10 +35,12 @@ class StandIn:
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
+        self.lengths = [0]
         self.native = SimpleNamespace(prepare=lambda bits: self.asked.append(("prepare", bits)))
 
     def reset(self) -> None:
         self.asked.append("reset")
+        self.lengths[0] = 0
 
     def _logits(self, token: int) -> Any:
         logits = np.zeros(32, np.float32)
@@ -47,10 +49,12 @@ class StandIn:
 
     def prefill(self, sequence: int, tokens: list[int], bits: int) -> Any:
         self.asked.append(("prefill", list(tokens), bits))
+        self.lengths[0] += len(tokens)
         return self._logits(tokens[-1])
 
     def decode(self, tokens: list[int], bits: int) -> Any:
         self.asked.append(("decode", list(tokens), bits))
+        self.lengths[0] += 1
         return self._logits(tokens[0])[None]
 
 

@@ -8,6 +8,8 @@ namespace {
 struct Pairs {
   std::vector<std::int32_t> experts;         // [T][top_k], as routed
   std::vector<float> probabilities;          // likewise
+  std::vector<std::size_t> next;             // [E]: where sort_pairs puts the next one
+  std::vector<float> apart;                  // [threads][2I]: an interleaved row taken apart
   std::vector<std::size_t> starts;           // [E + 1]: pairs of expert e are starts[e] .. starts[e+1]-1
   std::vector<std::size_t> token_of;         // [pairs]
   std::vector<std::size_t> place_of;         // [T][top_k] -> pair
@@ -19,9 +21,9 @@ void sort_pairs(Pairs& pairs, std::size_t tokens, std::size_t top_k, std::size_t
   std::fill(pairs.starts.begin(), pairs.starts.end(), 0);
   for (std::size_t i = 0; i < tokens * top_k; ++i) ++pairs.starts[static_cast<std::size_t>(pairs.experts[i]) + 1];
   for (std::size_t e = 0; e < experts; ++e) pairs.starts[e + 1] += pairs.starts[e];
-  std::vector<std::size_t> next(pairs.starts.begin(), pairs.starts.end() - 1);
+  std::copy(pairs.starts.begin(), pairs.starts.end() - 1, pairs.next.begin());
   for (std::size_t i = 0; i < tokens * top_k; ++i) {
-    const std::size_t pair = next[static_cast<std::size_t>(pairs.experts[i])]++;
+    const std::size_t pair = pairs.next[static_cast<std::size_t>(pairs.experts[i])]++;
     pairs.place_of[i] = pair;
     pairs.token_of[pair] = i / top_k;
   }
@@ -38,6 +40,8 @@ void Program::add_experts(const std::string& label, ExpertsArguments arguments) 
   state->experts.resize(most);
   state->probabilities.resize(most);
   state->starts.resize(experts + 1);
+  state->next.resize(experts);
+  if (arguments.interleaved) state->apart.resize(pool_.size() * 2 * inner);
   state->token_of.resize(most);
   state->place_of.resize(most);
   state->x = std::make_unique_for_overwrite<float[]>(most * width);
@@ -89,7 +93,7 @@ void Program::add_experts(const std::string& label, ExpertsArguments arguments) 
   });
   node.phases.push_back([=, this](const Run& run, Share share) {
     const Range mine = part_of(run.tokens(selected) * top_k, share);
-    std::vector<float> apart(arguments.interleaved ? 2 * inner : 0);
+    float* apart = state->apart.data() + (arguments.interleaved ? share.index * 2 * inner : 0);
     for (std::size_t pair = mine.begin; pair < mine.end; ++pair) {
       float* row = state->hidden.get() + pair * 3 * inner;
       if (arguments.interleaved) {
@@ -97,7 +101,7 @@ void Program::add_experts(const std::string& label, ExpertsArguments arguments) 
           apart[i] = row[2 * i];
           apart[inner + i] = row[2 * i + 1];
         }
-        std::memcpy(row, apart.data(), 2 * inner * sizeof(float));
+        std::memcpy(row, apart, 2 * inner * sizeof(float));
       }
       const std::size_t stride = 3 * inner;
       isa_.ops->activate(arguments.kind, {row + 2 * inner, stride, inner}, {row, stride, inner},

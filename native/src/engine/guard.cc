@@ -15,7 +15,7 @@ namespace {
 struct Watched {
   std::uintptr_t begin, end;
   Watched* next;
-  std::atomic<bool> lost{false};
+  std::atomic<Watch> state{Watch::intact};
 };
 
 std::atomic<Watched*> watched{nullptr};
@@ -24,11 +24,11 @@ struct sigaction before;
 
 void on_bus_error(int signal, siginfo_t* info, void* context) {
   const auto address = reinterpret_cast<std::uintptr_t>(info->si_addr);
-  for (Watched* w = watched.load(std::memory_order_acquire); w; w = w->next) {
-    if (address < w->begin || address >= w->end) continue;
+  for (Watched* w = info->si_code == BUS_ADRERR ? watched.load(std::memory_order_acquire) : nullptr; w; w = w->next) {
+    if (address < w->begin || address >= w->end || w->state.load(std::memory_order_acquire) == Watch::ended) continue;
     void* page = reinterpret_cast<void*>(address & ~(page_bytes - 1));
     if (mmap(page, page_bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED) break;
-    w->lost.store(true, std::memory_order_release);
+    w->state.store(Watch::lost, std::memory_order_release);
     return;
   }
   if (before.sa_flags & SA_SIGINFO) return before.sa_sigaction(signal, info, context);
@@ -38,7 +38,7 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
 
 }  // namespace
 
-const std::atomic<bool>* watch_mapping(const void* data, std::size_t bytes) {
+std::atomic<Watch>* watch_mapping(const void* data, std::size_t bytes) {
   static std::once_flag installed;
   std::call_once(installed, [] {
     page_bytes = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
@@ -49,10 +49,10 @@ const std::atomic<bool>* watch_mapping(const void* data, std::size_t bytes) {
     sigaction(SIGBUS, &action, &before);
   });
   const auto begin = reinterpret_cast<std::uintptr_t>(data);
-  auto* node = new Watched{begin, begin + bytes, watched.load(std::memory_order_relaxed), false};
+  auto* node = new Watched{begin, begin + bytes, watched.load(std::memory_order_relaxed), Watch::intact};
   while (!watched.compare_exchange_weak(node->next, node, std::memory_order_release)) {
   }
-  return &node->lost;
+  return &node->state;
 }
 
 }  // namespace everybit::engine

@@ -123,10 +123,12 @@ struct Lookup {
 
   explicit Lookup(const std::uint8_t* e) {
     if constexpr (kBits == 1) part[0] = _mm512_set1_epi16(static_cast<short>(e[0] | (e[1] << 8)));
-    if constexpr (kBits == 2)
-      part[0] = _mm512_set1_epi32(*reinterpret_cast<const int __attribute__((may_alias, aligned(1)))*>(e));
-    if constexpr (kBits == 3)
-      part[0] = _mm512_set1_epi64(*reinterpret_cast<const long long __attribute__((may_alias, aligned(1)))*>(e));
+    if constexpr (kBits == 2 || kBits == 3) {
+      unsigned long long bytes = 0;
+      __builtin_memcpy(&bytes, e, std::size_t{1} << kBits);
+      part[0] =
+          kBits == 2 ? _mm512_set1_epi32(static_cast<int>(bytes)) : _mm512_set1_epi64(static_cast<long long>(bytes));
+    }
     if constexpr (kBits == 4) part[0] = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(e)));
     if constexpr (kBits == 5) part[0] = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(e)));
     if constexpr (kBits >= 6)
@@ -449,8 +451,7 @@ void quantize(const float* x, std::size_t columns, std::int8_t* codes, float* sc
       _mm512_store_si512(qwords[i], _mm512_permutexvar_epi8(transpose, bytes));
     }
     for (int t = 0; t < 8; ++t)
-      for (int i = 0; i < 8; ++i)
-        *reinterpret_cast<std::uint64_t __attribute__((may_alias))*>(codes + 64 * t + 8 * i) = qwords[i][t];
+      for (int i = 0; i < 8; ++i) __builtin_memcpy(codes + 64 * t + 8 * i, &qwords[i][t], 8);
   }
   *sum = static_cast<float>(total);
 }

@@ -1,9 +1,11 @@
 #include "everybit/engine/pool.h"
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <stdexcept>
 #include <string>
+#include <system_error>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -49,7 +51,8 @@ int usable_processors() {
   return CPU_COUNT(&set);
 }
 
-Pool::Pool(int threads, const std::vector<int>& pin) : count_(static_cast<std::size_t>(threads)) {
+Pool::Pool(int threads, const std::vector<int>& pin)
+    : count_(static_cast<std::size_t>(threads)), process_(static_cast<int>(getpid())) {
   if (threads < 1) throw std::invalid_argument("a pool needs at least one thread, got " + std::to_string(threads));
   cpu_set_t usable;
   if (!pin.empty() && sched_getaffinity(0, sizeof usable, &usable) == 0)
@@ -57,16 +60,29 @@ Pool::Pool(int threads, const std::vector<int>& pin) : count_(static_cast<std::s
       if (processor < 0 || processor >= CPU_SETSIZE || !CPU_ISSET(static_cast<unsigned>(processor), &usable))
         throw std::invalid_argument("processor " + std::to_string(processor) +
                                     " is not among those this process may use; see taskset -p");
-  for (std::size_t i = 1; i < count_; ++i)
-    workers_.emplace_back([this, i, processor = pin.empty() ? -1 : pin[i % pin.size()]] { work(i, processor); });
+  try {
+    for (std::size_t i = 1; i < count_; ++i)
+      workers_.emplace_back([this, i, processor = pin.empty() ? -1 : pin[i % pin.size()]] { work(i, processor); });
+  } catch (const std::system_error&) {
+    end();
+    throw std::invalid_argument("the system starts no more threads (" + std::to_string(count_) + " asked for)");
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { end(); }
+
+void Pool::end() {
+  if (forked()) {  // there is nobody to join
+    for (std::thread& worker : workers_) worker.detach();
+    return;
+  }
   stop_.store(true, std::memory_order_relaxed);
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
   for (std::thread& worker : workers_) worker.join();
 }
+
+bool Pool::forked() const { return process_ != static_cast<int>(getpid()); }
 
 void Pool::run(const std::function<void(Share)>& task) {
   const std::lock_guard<std::mutex> guard(callers_);

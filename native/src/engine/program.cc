@@ -4,8 +4,6 @@
 
 #include <new>
 
-#include "everybit/engine/guard.h"
-
 namespace everybit::engine {
 namespace {
 
@@ -26,20 +24,17 @@ Program::Program(const ProgramOptions& options, std::size_t layers, std::size_t 
       kv_blocks_(kv_blocks),
       layer_bytes_(kv_blocks * kv_bytes_per_block(kv_dtype, kv_heads, head_dim)),
       kv_dtype_(kv_dtype) {
-  if (kv_bytes() > 0) {
+  positions_.resize(most_tokens_);
+  if (kv_bytes() > 0) {  // last: nothing after it can fail and leave it behind
     void* memory =
         mmap(nullptr, kv_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     kv_ = static_cast<std::uint8_t*>(memory);
   }
-  scratch_stride_ =
-      (std::max(kScratchBytes + PreparedTables::kRoomBytes, attention_scratch_bytes(head_dim)) + 4095) / 4096 * 4096;
-  scratch_.resize(scratch_stride_ * pool_.size() + 4096);
-  scratch_offset_ = (4096 - reinterpret_cast<std::uintptr_t>(scratch_.data()) % 4096) % 4096;
-  positions_.resize(most_tokens_);
 }
 
 Program::~Program() {
+  for (auto* map : maps_) map->store(Watch::ended, std::memory_order_release);
   if (kv_) munmap(kv_, kv_bytes());
 }
 
@@ -74,7 +69,22 @@ Program::Node& Program::add_node(const std::string& label, Place out) {
   return *nodes_.back();
 }
 
-void Program::set_logits(Place place) { logits_ = place; }
+void Program::set_logits(Place place) {
+  logits_ = place;
+  std::size_t widest = 0;  // exact mode dequantizes at least one whole row behind the dense kernels' own scratch
+  for (const auto& weight : weights_) widest = std::max(widest, weight->columns);
+  scratch_stride_ = std::max({kScratchBytes + PreparedTables::kRoomBytes, attention_scratch_bytes(head_dim_),
+                              kDenseScratchBytes + 4 * widest});
+  scratch_stride_ = (scratch_stride_ + 4095) / 4096 * 4096;
+  scratch_.resize(scratch_stride_ * pool_.size() + 4096);
+  scratch_offset_ = (4096 - reinterpret_cast<std::uintptr_t>(scratch_.data()) % 4096) % 4096;
+}
+
+void Program::prepare(int id, int bits, const std::function<std::unique_ptr<PreparedTables>()>& build) {
+  const std::lock_guard<std::mutex> guard(steps_);
+  auto& tables = weight(id).tables[static_cast<std::size_t>(bits)];
+  if (!tables) tables = build();
+}
 
 void Program::add_embed(const std::string& label, Place out, int weight, bool positions, std::int64_t offset,
                         float scale, bool add) {
@@ -179,13 +189,17 @@ void Program::add_select(const std::string& label, Place out, Place x) {
 }
 
 void Program::run(const StepInput& input) {
+  const std::lock_guard<std::mutex> guard(steps_);
+  if (pool_.forked()) throw StepError("the model was opened before this process was forked: open it again");
   const Sequences& sequences = input.sequences;
   for (std::size_t s = 0; s < sequences.count; ++s)
     for (std::int32_t row = sequences.starts[s]; row < sequences.starts[s + 1]; ++row)
       positions_[static_cast<std::size_t>(row)] = sequences.past[s] + row - sequences.starts[s];
   const Run run{input};
-  std::string failure;
-  pool_.run([&](Share share) {
+  const Node* failed = nullptr;
+  std::int64_t failed_row = -1;
+  // Nothing in here may throw: the other threads would wait for ever. What allocates did so when it was added.
+  pool_.run([&](Share share) noexcept {
     for (const auto& rope : ropes_)
       isa_.ops->rope_table(positions_.data(), input.tokens_count, rope->inv_freq.data(), rope->inv_freq.size(),
                            rope->scale, rope->cosines.data(), rope->sines.data(), share);
@@ -196,17 +210,17 @@ void Program::run(const StepInput& input) {
         phase(run, share);
         pool_.barrier();
       }
-      if (debug_ && share.index == 0 && failure.empty()) {
-        const Columns out = at(run, node->out);
-        const std::int64_t row = isa_.ops->find_nonfinite(out, {0, run.tokens(node->selected)});
-        if (row >= 0) failure = node->label + ": row " + std::to_string(row) + " of its output is not finite";
+      if (debug_ && share.index == 0 && !failed) {
+        failed_row = isa_.ops->find_nonfinite(at(run, node->out), {0, run.tokens(node->selected)});
+        if (failed_row >= 0) failed = node.get();
       }
       if (debug_) pool_.barrier();
     }
   });
-  if (std::any_of(maps_.begin(), maps_.end(), [](const auto* lost) { return lost->load(std::memory_order_acquire); }))
+  if (std::any_of(maps_.begin(), maps_.end(),
+                  [](const auto* map) { return map->load(std::memory_order_acquire) == Watch::lost; }))
     throw StepError("a weight file was cut short while it was in use: restore the file and load the model again");
-  if (!failure.empty()) throw StepError(failure);
+  if (failed) throw StepError(failed->label + ": row " + std::to_string(failed_row) + " of its output is not finite");
 }
 
 }  // namespace everybit::engine

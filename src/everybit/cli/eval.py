@@ -68,6 +68,11 @@ def run(args: argparse.Namespace) -> int:
             if reference_folder
             else None
         )
+        if reference is not None and reference.bits:
+            raise SourceError(
+                f"--reference {args.reference} is an overlay, expected the float model that was quantized: "
+                "leave the option out, or give that model's folder"
+            )
         threads = model.runtime.threads
         print(f"everybit: {model.runtime.isa}, {threads} thread{'s' if threads > 1 else ''}, {args.mode} mode")
         windows = evaluate.windows(

@@ -92,7 +92,6 @@ def run(args: argparse.Namespace) -> int:
         )
         weights = f"{generation.bits} bits" if generation.bits else "float weights"
         threads = f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}"
-        print(f"everybit: {runtime.isa}, {threads}, {args.mode} mode, {weights}", file=sys.stderr, flush=True)
 
         pieces: list[str] = []
 
@@ -104,8 +103,10 @@ def run(args: argparse.Namespace) -> int:
         stream = tokenizer.stream(prompt)
         shown = False
         for token in generation:
-            if not shown and not args.json:  # not before the first token: a refusal leaves stdout empty
-                print(args.prompt, end="")
+            if not shown:  # not before the first token: a refusal is one line on stderr and nothing else
+                print(f"everybit: {runtime.isa}, {threads}, {args.mode} mode, {weights}", file=sys.stderr, flush=True)
+                if not args.json:
+                    print(args.prompt, end="")
                 shown = True
             show(stream.add(token))
         show(stream.finish())

@@ -13,7 +13,7 @@ from typing import Literal
 
 from everybit.engine.runtime import Runtime
 from everybit.engine.sampling import Sampler, Sampling
-from everybit.errors import ContextError, PrecisionError, RequestError
+from everybit.errors import ContextError, ModelError, PrecisionError, RequestError
 from everybit.formats.weights import require_bits
 
 Reason = Literal["", "stop", "length", "context"]
@@ -61,6 +61,11 @@ class Generation(Iterator[int]):
             token = self._sampler.choose(self._runtime.prefill(0, self._prompt, self.bits)).token
             self.prefill_s = self._clock() - start
         else:
+            if self._runtime.lengths[0] != (expected := len(self._prompt) + len(self.tokens) - 1):
+                raise ModelError(
+                    f"sequence 0 has {self._runtime.lengths[0]} tokens where this generation left {expected}: "
+                    "use the runtime for one generation at a time"
+                )
             token = self._sampler.choose(self._runtime.decode(self.tokens[-1:], self.bits)[0]).token
             self.decode_s += self._clock() - start
             self.decode_steps += 1

@@ -103,7 +103,7 @@ class Native:
             list(pool.map(verify, quantized))
         for name in quantized:
             own = overlay.weights[name].served_bits(bits)
-            if not self._native.has_tables(self._weights[name], own):
+            if not self._native.has_tables(self._weights[name], own):  # another precision may share them
                 self._prepare_weight(overlay, name, own)
         self._prepared.add(bits)
 
@@ -133,7 +133,7 @@ class Native:
         try:
             self._native.run(step.tokens, step.starts, step.past, step.blocks, step.rows, bits, logits)
         except _native.StepError as error:
-            raise (ModelError if "not finite" in str(error) else FormatError)(
+            raise (FormatError if "cut short" in str(error) else ModelError)(
                 f"{self.checkpoint.folder}: {error}"
             ) from None
         return logits

@@ -22,9 +22,12 @@ from everybit.engine.checkpoint import Checkpoint
 from everybit.engine.models import build
 from everybit.engine.native import BLOCK_TOKENS, Native, make_step
 from everybit.errors import ContextError, ModelError, PrecisionError
+from everybit.formats.tensors import show
 from everybit.formats.weights import require_bits
 
 F32 = NDArray[np.float32]
+Ints = NDArray[np.int32]
+MOST_BLOCKS = 2**31 - 1  # block numbers are int32
 MODES = ("exact", "default", "fast")
 KV_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 ISA_VARIABLE = "EVERYBIT_ISA"
@@ -66,16 +69,20 @@ class Runtime:
         `threads` 0: one per processor this process may use. `isa` None: $EVERYBIT_ISA, else the best there is.
         `context` None: the model's own. `mode` exact, default or fast: docs/design/0002. `verify=False`: no checksums.
 
-        Cost: no weight is read or copied; a precision is verified and its tables built at its first use.
+        Cost: planes are neither read nor copied; a precision is verified and its tables built at its first use. Plain
+        parameters (embeddings, norms) are verified at once.
         Raises: FormatError, ModelError (architecture, option or processor), ContextError
         """
         threads = check_threads(threads)
+        pin = [whole(processor, "processor", 0, 1 << 16) for processor in pin]
+        sequences = whole(sequences, "sequences", 1, MOST_BLOCKS)
+        most_tokens = whole(most_tokens, "most_tokens", 1, 1 << 20)
+        if context is not None:
+            context = whole(context, "context", 1, MOST_BLOCKS)
         if mode not in MODES:
             raise ModelError(f"mode {mode!r} arrived, expected one of {', '.join(MODES)}")
         if kv_dtype not in KV_DTYPES:
             raise ModelError(f"kv_dtype {kv_dtype!r} arrived, expected one of {', '.join(KV_DTYPES)}")
-        if sequences < 1 or most_tokens < 1:
-            raise ModelError(f"{sequences} sequences of {most_tokens} tokens a step arrived, expected at least 1 of 1")
         isa = os.environ.get(ISA_VARIABLE, "") if isa is None else isa
         if isa and isa not in _native.isas():
             raise ModelError(
@@ -88,6 +95,11 @@ class Runtime:
             context = program.context if context is None else context
             if not 1 <= context <= program.context:
                 raise ContextError(f"a context of {context} tokens arrived, the model has 1 to {program.context}")
+            if blocks_of(context) * sequences > MOST_BLOCKS:
+                raise ContextError(
+                    f"{sequences} sequences of {context} tokens need {blocks_of(context) * sequences} KV blocks, "
+                    f"expected at most {MOST_BLOCKS}: open the model with a smaller context"
+                )
             native = Native(
                 program,
                 checkpoint,
@@ -120,16 +132,23 @@ class Runtime:
         Mutates: the sequence's cache and length
         Raises:  ContextError, PrecisionError, ModelError (token ids outside the vocabulary, no tokens)
         """
+        ids = self._check_tokens(tokens)
+        self._check_room(sequence, len(ids))
         logits: F32 = np.empty((0, self.vocabulary), np.float32)
-        for part, rows in self._chunks(sequence, tokens, last_only=True):
-            logits = self._run([(part, sequence)], rows, bits)
-        last: F32 = logits[0]  # _chunks refuses an empty list
+        parts = self._parts(ids)
+        for part in parts:
+            logits = self._run([(part, sequence)], [len(part) - 1] if part is parts[-1] else [], bits)
+        last: F32 = logits[0]
         return last
 
     def score(self, sequence: int, tokens: Sequence[int], bits: int = 0) -> Iterator[F32]:
-        """As prefill, but the logits of every token, in pieces f32[n, V] that together cover `tokens`."""
-        for part, rows in self._chunks(sequence, tokens, last_only=False):
-            yield self._run([(part, sequence)], rows, bits)
+        """As prefill, but the logits of every token, in pieces f32[n, V] that together cover `tokens`.
+
+        Each piece is computed when it is asked for; what is appended to the sequence meanwhile comes before it.
+        """
+        ids = self._check_tokens(tokens)
+        self._check_room(sequence, len(ids))
+        return (self._run([(part, sequence)], range(len(part)), bits) for part in self._parts(ids))
 
     def decode(self, tokens: Sequence[int], bits: int = 0) -> F32:
         """Append one token to each of the first len(tokens) sequences.
@@ -137,20 +156,27 @@ class Runtime:
         Shapes: -> logits f32[len(tokens), V]
         Raises: as prefill
         """
-        if not 1 <= len(tokens) <= self.sequences:
-            raise ModelError(f"{len(tokens)} tokens arrived, expected one for each of up to {self.sequences} sequences")
         ids = self._check_tokens(tokens)
-        for sequence in range(len(tokens)):
+        if len(ids) > self.sequences:
+            raise ModelError(f"{len(ids)} tokens arrived, expected one for each of up to {self.sequences} sequences")
+        for sequence in range(len(ids)):
             self._check_room(sequence, 1)
-        return self._run([(ids[i : i + 1], i) for i in range(len(ids))], range(len(ids)), bits)
+        pieces = []
+        for part in self._parts(np.arange(len(ids), dtype=np.int32)):
+            pieces.append(self._run([(ids[i : i + 1], int(i)) for i in part], range(len(part)), bits))
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def reset(self, sequence: int | None = None, length: int = 0) -> None:
-        """Forget the tokens of a sequence (None: of all) beyond the first `length`."""
-        for s in range(self.sequences) if sequence is None else [sequence]:
+        """Forget the tokens of a sequence (None: of all) beyond the first `length`.
+
+        Raises: ModelError
+        """
+        length = whole(length, "length", 0, self.context)
+        for s in range(self.sequences) if sequence is None else [self._check_sequence(sequence)]:
             self.lengths[s] = min(self.lengths[s], length)
 
     def close(self) -> None:
-        """Closes the files; the runtime stays usable until it is dropped."""
+        """Closes the files; precisions that were used already stay usable until the runtime is dropped."""
         self.checkpoint.close()
 
     def __enter__(self) -> Runtime:
@@ -159,37 +185,36 @@ class Runtime:
     def __exit__(self, *details: object) -> None:
         self.close()
 
-    def _chunks(
-        self, sequence: int, tokens: Sequence[int], last_only: bool
-    ) -> Iterator[tuple[NDArray[np.int32], Sequence[int]]]:
-        ids = self._check_tokens(tokens)
-        self._check_room(sequence, len(ids))
+    def _parts(self, ids: Ints) -> list[Ints]:
+        """Pieces that one step has room for."""
         most = self.native.most_tokens
-        for start in range(0, len(ids), most):
-            part = ids[start : start + most]
-            if last_only:
-                yield part, [len(part) - 1] if start + most >= len(ids) else []
-            else:
-                yield part, range(len(part))
+        return [ids[start : start + most] for start in range(0, len(ids), most)]
 
-    def _run(self, parts: Sequence[tuple[NDArray[np.int32], int]], rows: Sequence[int], bits: int) -> F32:
+    def _run(self, parts: Sequence[tuple[Ints, int]], rows: Sequence[int], bits: int) -> F32:
         if self.bits:
             require_bits(bits, self.bits, "the overlay")
         elif bits:
             raise PrecisionError(f"{bits} bits were asked of float weights, expected 0: quantize the model first")
-        step = make_step([(ids, self.lengths[s], self._blocks(s)) for ids, s in parts], rows)
+        for ids, s in parts:  # again: pieces of a score may come late
+            self._check_room(s, len(ids))
+        step = make_step([(ids, self.lengths[s], self._blocks(s, len(ids))) for ids, s in parts], rows)
         logits = self.native.run(step, bits)
         for ids, s in parts:
             self.lengths[s] += len(ids)
         return logits
 
-    def _blocks(self, sequence: int) -> range:
-        return range(sequence * self._blocks_each, (sequence + 1) * self._blocks_each)
+    def _blocks(self, sequence: int, new: int) -> Ints:
+        """The KV blocks that the sequence needs with so many new tokens."""
+        first = sequence * self._blocks_each
+        return np.arange(first, first + blocks_of(self.lengths[sequence] + new), dtype=np.int32)
 
-    def _check_tokens(self, tokens: Sequence[int]) -> NDArray[np.int32]:
-        ids = np.asarray(tokens, np.int64)
-        if ids.ndim != 1 or ids.size == 0:
-            raise ModelError("no tokens arrived, expected at least one")
+    def _check_tokens(self, tokens: Sequence[int]) -> Ints:
+        try:
+            ids = np.asarray(tokens)
+        except (ValueError, OverflowError):
+            ids = np.empty(0)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size == 0:
+            raise ModelError(f"tokens {show(tokens)} arrived, expected a list of at least one whole number")
         if ids.min() < 0 or ids.max() >= self.vocabulary:
             raise ModelError(
                 f"token {int(ids.min() if ids.min() < 0 else ids.max())} arrived, the model knows 0 to "
@@ -197,14 +222,26 @@ class Runtime:
             )
         return ids.astype(np.int32)
 
+    def _check_sequence(self, sequence: int) -> int:
+        return whole(sequence, "sequence", 0, self.sequences - 1)
+
     def _check_room(self, sequence: int, new: int) -> None:
-        if not 0 <= sequence < self.sequences:
-            raise ModelError(f"sequence {sequence} arrived, this runtime has 0 to {self.sequences - 1}")
-        if (have := self.lengths[sequence]) + new > self.context:
+        have = self.lengths[self._check_sequence(sequence)]
+        if have + new > self.context:
             raise ContextError(
                 f"{have} tokens in sequence {sequence} and {new} more make {have + new}, the context is "
                 f"{self.context}: shorten the text or open the model with a larger context"
             )
+
+
+def whole(value: object, what: str, least: int, most: int) -> int:
+    """`value` as an int within least..most.
+
+    Raises: ModelError
+    """
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not least <= value <= most:
+        raise ModelError(f"{what} {show(value)} arrived, expected a whole number from {least} to {most}")
+    return int(value)
 
 
 def blocks_of(tokens: int) -> int:
@@ -218,7 +255,7 @@ def check_threads(threads: int) -> int:
     Raises: ModelError when negative or more than four per processor
     """
     processors: int = _native.usable_processors()
-    if not 0 <= threads <= 4 * processors:
+    if not isinstance(threads, int) or not 0 <= threads <= 4 * processors:
         raise ModelError(
             f"{threads} threads arrived, expected 0 (one per processor) to {4 * processors} "
             f"(4 for each of {processors} processors)"

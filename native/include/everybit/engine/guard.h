@@ -10,9 +10,11 @@
 
 namespace everybit::engine {
 
-// Watches [data, data + bytes) from now on; installs the handler at the first call. -> a flag that turns true when a
-// page of the range was lost, and stays so. Ranges are never forgotten: a mapped overlay lives as long as its program,
-// and an address that is no longer mapped cannot raise SIGBUS.
-const std::atomic<bool>* watch_mapping(const void* data, std::size_t bytes);
+enum class Watch : int { intact, lost, ended };
+
+// Watches [data, data + bytes) from now on; installs the handler at the first call. -> its state, which turns `lost`
+// with the first page that is. Store `ended` before the range is unmapped: its addresses may come to belong to somebody
+// else.
+std::atomic<Watch>* watch_mapping(const void* data, std::size_t bytes);
 
 }  // namespace everybit::engine

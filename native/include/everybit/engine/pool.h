@@ -6,7 +6,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <exception>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -26,6 +25,9 @@ class Pool {
 
   std::size_t size() const { return count_; }
 
+  // Whether this is another process than the one that made the pool: its threads are not here.
+  bool forked() const;
+
   // Runs task(share) on every thread and returns when all are done. One caller at a time (others wait). The task must
   // not throw: report through your own state.
   void run(const std::function<void(Share)>& task);
@@ -36,7 +38,10 @@ class Pool {
  private:
   void work(std::size_t index, int processor);
 
+  void end();
+
   const std::size_t count_;
+  const int process_;
   std::mutex callers_;
   const std::function<void(Share)>* task_ = nullptr;
   alignas(64) std::atomic<std::uint32_t> generation_{0};  // a new task, or the end

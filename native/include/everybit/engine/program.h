@@ -7,10 +7,12 @@
 
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "everybit/engine/guard.h"
 #include "everybit/engine/pool.h"
 #include "everybit/engine/weight.h"
 
@@ -97,11 +99,16 @@ class Program {
   // Throws StepError (a file was cut short under its map; in debug mode, a non-finite number: names the op).
   void run(const StepInput& input);
 
-  // Where the logits of a step are: the place the last op writes, of `vocabulary` columns.
+  // Where the logits of a step are: the place the last op writes, of `vocabulary` columns. The last thing said of a
+  // program: memory of the threads is sized by what was added before.
   void set_logits(Place place);
+
+  // Puts tables for a weight's own precision in place, made by `build`, unless they are there.
+  void prepare(int weight, int bits, const std::function<std::unique_ptr<PreparedTables>()>& build);
 
   std::size_t kv_bytes() const { return layers_ * layer_bytes_; }
   std::size_t kv_blocks() const { return kv_blocks_; }
+  std::size_t most_tokens() const { return most_tokens_; }
 
  private:
   struct Run;
@@ -129,10 +136,11 @@ class Program {
   std::vector<std::unique_ptr<Node>> nodes_;
   std::vector<std::unique_ptr<RopeTable>> ropes_;
   QuantizedRoom room_;
-  std::vector<const std::atomic<bool>*> maps_;
+  std::vector<std::atomic<Watch>*> maps_;
+  std::mutex steps_;  // held by a step and while tables change: one at a time
   std::vector<std::int32_t> positions_;
   std::vector<std::uint8_t> scratch_;
-  std::size_t scratch_stride_, scratch_offset_;
+  std::size_t scratch_stride_ = 0, scratch_offset_ = 0;
 };
 
 }  // namespace everybit::engine

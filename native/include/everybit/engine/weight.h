@@ -12,8 +12,8 @@
 namespace everybit::engine {
 
 // How accurately quantized weights are multiplied (docs/design/0002). exact: float activations and float values.
-// standard: int8 activations in groups of 32; sixteen-bit tables from 3 bits on, bytes below, and bytes for prompts at
-// up to kBytePrefillBits. fast: byte tables everywhere.
+// standard: int8 activations in groups of 32; sixteen-bit tables from 3 bits on, bytes below, in prompts, and in
+// batches at kWideBits and more. fast: byte tables everywhere.
 enum class Mode : std::uint8_t { exact, standard, fast };
 
 // With so many tokens a step is a prompt, bound by arithmetic: one byte per table entry halves the work and adds under

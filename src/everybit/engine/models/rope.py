@@ -87,7 +87,10 @@ class Rope:
         """The longest context: max_position_embeddings, or what yarn stretches to where that says the old one."""
         if self.kind != "yarn" or self.values.get("factor") is None:
             return self.most
-        return max(self.most, int(self.number("factor") * self.original))
+        stretched = self.number("factor") * self.original
+        if stretched >= 2**31:  # positions are int32
+            raise self.config.wrong("rope factor", self.values["factor"], "a context below 2^31 tokens")
+        return max(self.most, int(stretched))
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number above 0 of the rope's own (0 where that is the default). Raises: ModelError"""
