@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from numpy.typing import NDArray
 
 import everybit
 from everybit import _native
 from everybit.engine import models
+from everybit.engine import native as native_module
 from everybit.engine.checkpoint import Checkpoint
 from everybit.engine.native import Native
 from everybit.engine.reference import Reference
-from tests.e2e.architectures import FAMILIES, VARIANTS, make
+from tests.e2e.architectures import COMMON, FAMILIES, VARIANTS, make
 from tests.parity.test_families_reference import in_chunks, save, worst
 
 # As the reference against transformers: two evaluations of the same float32 sums, here with fused multiply-add and
@@ -76,3 +78,21 @@ def test_the_same_bytes_for_any_number_of_threads(family: str, tmp_path: Path) -
     for run in runs[1:]:
         for one, other in zip(run, runs[0], strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def test_tables_made_on_the_fly_are_those_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.LlamaConfig(**{**COMMON, "intermediate_size": native_module.MADE_COLUMNS + 44})
+    transformers.LlamaForCausalLM(config).eval().save_pretrained(tmp_path / "float")
+    everybit.quantize(tmp_path / "float", tmp_path / "overlay", bits=(7, 8), progress=False)
+    with Checkpoint.open(tmp_path / "overlay") as checkpoint:
+        for isa in _native.isas():
+            made = native(checkpoint, isa=isa, most_tokens=64)
+            runs = [in_chunks(made, bits) for bits in (7, 8)]
+            monkeypatch.setattr(native_module, "MADE_COLUMNS", 1 << 30)
+            kept = native(checkpoint, isa=isa, most_tokens=64)
+            for run, bits in zip(runs, (7, 8), strict=True):
+                for one, other in zip(run, in_chunks(kept, bits), strict=True):
+                    # Their ranges may differ in the last bit of a float32, and with them an entry by one of 65,535.
+                    np.testing.assert_allclose(one, other, atol=1e-3 * np.abs(other).max(), err_msg=f"{isa} {bits}")
+            assert kept.table_bytes > made.table_bytes
+            monkeypatch.undo()

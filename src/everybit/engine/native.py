@@ -21,7 +21,9 @@ from everybit.formats.weights import require_bits
 
 F32 = NDArray[np.float32]
 PLAIN = {"F32": 4, "F16": 2, "BF16": 2}
-MADE_BITS = 7  # from here on a table outweighs the cells it is made of (96 bytes a row in memory), so it is not kept
+# A table of cells is made for a few rows at a time, not kept, where it would outweigh the 96 bytes a row that it is
+# made of and the row is long enough to hide the making.
+MADE_BITS, MADE_COLUMNS = 7, 1024
 BLOCK_TOKENS: int = _native.BLOCK_TOKENS
 
 
@@ -110,7 +112,8 @@ class Native:
     def _prepare_weight(self, overlay: Overlay, name: str, own: int) -> None:
         """Hand over the codebook of one weight at one of its own precisions."""
         spec, weight = overlay.weights[name], self._weights[name]
-        if self._mode == "exact" or spec.codebook != Cells.kind or own < MADE_BITS:
+        made = spec.codebook == Cells.kind and own >= MADE_BITS and spec.columns >= MADE_COLUMNS
+        if self._mode == "exact" or not made:
             self._native.prepare(weight, own, overlay.table(name, own), self._threads)
             return
         tensor = spec.codebook_name(own)
