@@ -1,7 +1,7 @@
 """Quality of every solver and codebook at every precision on one model: KL to the float model, perplexity.
 
     python benchmarks/solver_quality.py MODEL --text FILE --calibration FILE [--solvers tree,upscale,uniform]
-        [--codebooks cells,table]
+        [--codebooks compact,table]
 
 The calibration text is one file and the scored text another part: the last documents of --text. Prints a card, then one
 JSON line.
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--solvers", default="tree,upscale,uniform")
-    parser.add_argument("--codebooks", default="cells,table", help="of the solvers that have a choice")
+    parser.add_argument("--codebooks", default="compact,table", help="of the solvers that have a choice")
     parser.add_argument("--documents", type=int, default=150, help="score the last N documents of the text")
     parser.add_argument("--sequences", type=int, default=64, help="calibration sequences of 256 tokens")
     parser.add_argument("--truncate", action="store_true", help="only the first window of each document")

@@ -77,25 +77,38 @@ def quantiles(count: int) -> Array:
     return np.array([NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)], np.float32)
 
 
-def codebook(spec: TensorSpec, bits: int, scales: Array) -> Array:
-    """One codebook tensor of any kind, known by its dtype and shape. Raises: SystemExit for one that is new."""
+INT8_RANGE = 3.0  # of standard deviations in int8 numbers
+
+
+def codebook(spec: TensorSpec, suffix: str, scales: Array) -> Array:
+    """One codebook tensor of any kind, known by its suffix, dtype and width. Raises: SystemExit for one that is new."""
     rows, width = spec.shape
-    if spec.dtype in ("F16", "F32") and width == 1 << bits:
-        return (scales[:, None] * quantiles(1 << bits)).astype(spec.numpy)
-    if spec.dtype == "F32" and width == 2:  # affine: scale and offset of an even grid out to 2.5 sigma
-        step = 5 / ((1 << bits) - 1)
+    if suffix.startswith("lut"):
+        if spec.dtype == "I8":
+            numbers = np.clip(np.rint(quantiles(width) * 127 / INT8_RANGE), -127, 127).astype(np.int8)
+            return np.repeat(numbers[None], rows, axis=0)
+        return (scales[:, None] * quantiles(width)).astype(spec.numpy)
+    if suffix == "scale":
+        return (scales[:, None] * np.float32(INT8_RANGE / 127)).astype(np.float32)
+    if suffix.startswith("affine"):  # scale and offset of an even grid out to 2.5 sigma
+        step = 5 / ((1 << int(suffix.removeprefix("affine"))) - 1)
         return np.stack([scales * step, scales * -2.5], axis=1).astype(np.float32)
-    if spec.dtype == "U8" and width == 44:  # cells: 16 f16 centres, 16 nibbles of ladder - 1 (0 to 7), an f32 step
+    if suffix.startswith("cells") and width in (26, 44):  # 16 centres, 16 nibbles of ladder - 1 (0 to 7), a step
         ends = quantiles(256).reshape(16, 16)
         half = (ends[:, -1] - ends[:, 0]) / 2 * 16 / 15  # of a cell; value = centre + step * ladder * 16 at its edge
         step = half.max() / 128
         ladder = np.clip(np.rint(half / (16 * step)), 1, 8).astype(np.uint8) - 1
-        record = np.empty((rows, 44), np.uint8)
-        record[:, :32] = (scales[:, None] * ends.mean(axis=1)).astype("<f2").view(np.uint8)
-        record[:, 32:40] = ladder[::2] | ladder[1::2] << 4
-        record[:, 40:] = (scales * step).astype("<f4")[:, None].view(np.uint8)
+        record = np.empty((rows, width), np.uint8)
+        centres, steps = ends.mean(axis=1), (scales * step).astype("<f4")[:, None].view(np.uint8)
+        record[:, -12 if width == 44 else -10 : -4 if width == 44 else -2] = ladder[::2] | ladder[1::2] << 4
+        if width == 44:
+            record[:, :32] = (scales[:, None] * centres).astype("<f2").view(np.uint8)
+            record[:, 40:] = steps
+        else:
+            record[:, :16] = np.rint(centres * 127 / INT8_RANGE).astype(np.int8).view(np.uint8)
+            record[:, 24:] = steps[:, 2:]  # BF16: the upper half
         return record
-    raise SystemExit(f"codebook {spec} at {bits} bits is new here: add its bytes to codebook()")
+    raise SystemExit(f"codebook tensor {suffix} {spec} is new here: add its bytes to codebook()")
 
 
 def write(shape: Shape, folder: Path, bits: tuple[int, ...], kind: str) -> int:
@@ -124,9 +137,8 @@ def write(shape: Shape, folder: Path, bits: tuple[int, ...], kind: str) -> int:
                                   spec.plane_bytes)  # fmt: skip
                 writer.write(spec.plane_name(k), piece.reshape(spec.plane_spec.shape))
             scales = (rng.uniform(0.8, 1.2, spec.rows) / math.sqrt(spec.columns)).astype(np.float32)
-            for b in bits:
-                name = spec.codebook_name(b)
-                writer.write(name, codebook(layout[name], b, scales))
+            for name, part in spec.codebook_parts().items():
+                writer.write(name, codebook(layout[name], part.suffix, scales))
         writer.finish()
     return sum(tensor.nbytes for tensor in layout.values())
 

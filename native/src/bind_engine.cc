@@ -2,11 +2,13 @@
 // everybit.engine; what is checked here again is what would otherwise read or write out of bounds.
 #include "bindings.h"
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <tuple>
 
 #include "everybit/engine/program.h"
@@ -55,18 +57,18 @@ int add_plain(Held& self, const std::string& name, const Bytes& data, const std:
   const Dtype kind = dtype(type);
   require(data.size() == experts * rows * columns * (kind == Dtype::f32 ? 4 : 2),
           name + " has " + std::to_string(data.size()) + " bytes, which is not its shape");
-  Weight weight{name, experts, rows, columns, false, {data.data(), kind, rows, columns, transposed}, {}, 0, {}, {}};
+  Weight weight{name, experts, rows, columns, false, {data.data(), kind, rows, columns, transposed}, {}, 0, {}};
   self.program.watch(data.data(), data.size());
   self.arrays.push_back(nb::cast(data));
   return self.program.add_weight(std::move(weight));
 }
 
 int add_planes(Held& self, const std::string& name, const std::vector<Array<const std::uint8_t, 2>>& planes,
-               std::size_t experts, std::size_t columns, const std::vector<int>& served) {
-  require(!planes.empty() && planes.size() <= 8 && served.size() == 9 && experts >= 1, name + ": 1 to 8 planes");
+               std::size_t experts, std::size_t columns) {
+  require(!planes.empty() && planes.size() <= 8 && experts >= 1, name + ": 1 to 8 planes");
   const std::size_t all_rows = planes.front().shape(0);
   require(all_rows % experts == 0, name + ": rows are not a multiple of the experts");
-  Weight weight{name, experts, all_rows / experts, columns, true, {}, {}, static_cast<int>(planes.size()), {}, {}};
+  Weight weight{name, experts, all_rows / experts, columns, true, {}, {}, static_cast<int>(planes.size()), {}};
   weight.planes.row_bytes = (columns + 7) / 8;
   weight.planes.columns = columns;
   for (std::size_t p = 0; p < planes.size(); ++p) {
@@ -76,10 +78,6 @@ int add_planes(Held& self, const std::string& name, const std::vector<Array<cons
     self.program.watch(planes[p].data(), planes[p].size());
     self.arrays.push_back(nb::cast(planes[p]));
   }
-  for (std::size_t b = 0; b < 9; ++b) {
-    require(served[b] >= 0 && served[b] <= weight.planes_held, name + ": more bits than planes");
-    weight.served[b] = served[b];
-  }
   return self.program.add_weight(std::move(weight));
 }
 
@@ -88,28 +86,32 @@ Weight& weight_of(Held& self, int id) {
   return self.program.weight(id);
 }
 
-void prepare(Held& self, int id, int bits, const Array<const float, 2>& values, int threads) {
+void prepare(Held& self, int id, int bits, const Array<const float, 2>& values,
+             const std::optional<Array<const float, 1>>& units, int threads) {
   Weight& weight = weight_of(self, id);
   const std::size_t rows = weight.experts * weight.rows;
-  require(
-      bits >= 1 && bits <= weight.planes_held && values.shape(0) == rows && values.shape(1) == std::size_t{1} << bits,
-      weight.name + ": a table of another shape than its weight");
+  require(bits >= 1 && bits <= weight.planes_held && values.shape(0) == rows &&
+              values.shape(1) == std::size_t{1} << bits && (!units || units->shape(0) == rows),
+          weight.name + ": a table of another shape than its weight");
   const nb::gil_scoped_release release;
   self.program.prepare(id, bits, [&] {
-    return std::make_unique<PreparedTables>(values.data(), rows, bits, self.program.mode(), *self.program.isa().kernels,
-                                            threads);
+    return std::make_unique<PreparedTables>(values.data(), units ? units->data() : nullptr, rows, bits,
+                                            self.program.mode(), *self.program.isa().kernels, threads);
   });
 }
 
-void prepare_cells(Held& self, int id, int bits, const Array<const std::uint8_t, 2>& records) {
+void prepare_cells(Held& self, int id, int bits, const Array<const float, 2>& centres,
+                   const Array<const std::uint8_t, 2>& ladders, const Array<const float, 1>& steps) {
   Weight& weight = weight_of(self, id);
   const std::size_t rows = weight.experts * weight.rows;
-  require(bits >= 5 && bits <= weight.planes_held && records.shape(0) == rows && records.shape(1) == 44 &&
+  require(bits >= 5 && bits <= weight.planes_held && centres.shape(0) == rows && centres.shape(1) == 16 &&
+              ladders.shape(0) == rows && ladders.shape(1) == 16 && steps.shape(0) == rows &&
               self.program.mode() != Mode::exact,
           weight.name + ": cells of another shape than its weight, or in exact mode");
   const nb::gil_scoped_release release;
   self.program.prepare(id, bits, [&] {
-    return std::make_unique<PreparedTables>(records.data(), rows, bits, *self.program.isa().kernels);
+    return std::make_unique<PreparedTables>(centres.data(), ladders.data(), steps.data(), rows, bits,
+                                            *self.program.isa().kernels);
   });
 }
 
@@ -121,10 +123,12 @@ std::size_t table_bytes(Held& self) {
 }
 
 void run(Held& self, const Ints& tokens, const Ints& starts, const Ints& past,
-         const Array<const std::int32_t, 2>& blocks, const Ints& rows, int bits, const Array<float, 2>& logits) {
+         const Array<const std::int32_t, 2>& blocks, const Ints& rows, const Bytes& served,
+         const Array<float, 2>& logits) {
   const std::size_t sequences = past.shape(0);
   require(starts.shape(0) == sequences + 1 && blocks.shape(0) == sequences, "starts, past and blocks differ in length");
   require(logits.shape(0) == rows.shape(0), "one row of logits per selected row");
+  require(served.shape(0) == self.program.weight_count(), "one precision per weight");
   require(tokens.shape(0) <= self.program.most_tokens() && rows.shape(0) <= self.program.most_tokens(),
           "a step of more tokens or rows than the program has room for");
   require(starts(0) == 0 && static_cast<std::size_t>(starts(sequences)) == tokens.shape(0),
@@ -141,7 +145,8 @@ void run(Held& self, const Ints& tokens, const Ints& starts, const Ints& past,
   for (std::size_t i = 0; i < rows.shape(0); ++i)
     require(rows(i) >= 0 && static_cast<std::size_t>(rows(i)) < tokens.shape(0), "no such row");
   const Sequences where{sequences, starts.data(), past.data(), blocks.data(), blocks.shape(1)};
-  const StepInput input{tokens.shape(0), tokens.data(), where, rows.shape(0), rows.data(), bits, logits.data()};
+  const StepInput input{tokens.shape(0), tokens.data(), where,        rows.shape(0),
+                        rows.data(),     served.data(), logits.data()};
   const nb::gil_scoped_release release;
   self.program.run(input);
 }
@@ -191,8 +196,9 @@ void bind_engine(nb::module_& m) {
              require(bits >= 0 && bits <= 8, "bits must lie in 0..8");
              return weight_of(self, id).tables[static_cast<std::size_t>(bits)] != nullptr;
            })
-      .def("prepare", &prepare, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg())
-      .def("prepare_cells", &prepare_cells, nb::arg(), nb::arg(), nb::arg().noconvert())
+      .def("prepare", &prepare, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg().noconvert().none(), nb::arg())
+      .def("prepare_cells", &prepare_cells, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(),
+           nb::arg().noconvert())
       .def("add_embed",
            [](Held& self, const std::string& label, PlaceTuple out, int weight, bool positions, std::int64_t offset,
               float scale,
@@ -245,7 +251,7 @@ void bind_engine(nb::module_& m) {
            })
       .def("set_logits", [](Held& self, PlaceTuple out) { self.program.set_logits(place(out)); })
       .def("run", &run, "tokens"_a.noconvert(), "starts"_a.noconvert(), "past"_a.noconvert(), "blocks"_a.noconvert(),
-           "rows"_a.noconvert(), "bits"_a, "logits"_a.noconvert());
+           "rows"_a.noconvert(), "served"_a.noconvert(), "logits"_a.noconvert());
   m.attr("BLOCK_TOKENS") = static_cast<int>(kBlockTokens);
   m.def("isas", [] {
     std::vector<std::string> names;

@@ -14,6 +14,7 @@
 
 void bind_cells(nb::module_& m);
 void bind_engine(nb::module_& m);
+void bind_guided(nb::module_& m);
 void bind_probe(nb::module_& m);
 
 namespace {
@@ -126,5 +127,6 @@ NB_MODULE(_native, m) {
   m.def("find_bad_row", &bind_find_bad_row, "values"_a.noconvert(), "refuse_negative"_a, "threads"_a);
   bind_cells(m);
   bind_engine(m);
+  bind_guided(m);
   bind_probe(m);
 }

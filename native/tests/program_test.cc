@@ -45,7 +45,7 @@ struct Planes8 {
 Weight random_weight(std::mt19937& random, std::vector<std::unique_ptr<Planes8>>& keep, const char* name,
                      std::size_t experts, std::size_t rows, std::size_t columns, Mode mode, const Kernels& kernels) {
   auto held = std::make_unique<Planes8>();
-  Weight weight{name, experts, rows, columns, true, {}, {}, 4, {}, {}};
+  Weight weight{name, experts, rows, columns, true, {}, {}, 4, {}};
   weight.planes.row_bytes = (columns + 7) / 8;
   weight.planes.columns = columns;
   for (int p = 0; p < 4; ++p) {
@@ -56,8 +56,7 @@ Weight random_weight(std::mt19937& random, std::vector<std::unique_ptr<Planes8>>
   std::normal_distribution<float> normal(0, 0.05f);
   held->table.resize(experts * rows * 16);
   for (float& value : held->table) value = normal(random);
-  weight.served[4] = 4;
-  weight.tables[4] = std::make_unique<PreparedTables>(held->table.data(), experts * rows, 4, mode, kernels, 1);
+  weight.tables[4] = std::make_unique<PreparedTables>(held->table.data(), nullptr, experts * rows, 4, mode, kernels, 1);
   keep.push_back(std::move(held));
   return weight;
 }
@@ -85,7 +84,7 @@ std::vector<float> run_program(int threads, Mode mode, const std::vector<int>& s
   std::normal_distribution<float> normal(0, 1);
   for (float& value : embedding) value = normal(random);
   Weight plain{"embed", 1, kVocabulary, kWidth, false, {embedding.data(), Dtype::f32, kVocabulary, kWidth, false},
-               {},      0, {},          {}};
+               {},      0, {}};
   const int table = program.add_weight(std::move(plain));
   program.add_embed("embed", x, table, false, 0, 1.0f, false);
   for (std::size_t layer = 0; layer < 2; ++layer) {
@@ -119,6 +118,7 @@ std::vector<float> run_program(int threads, Mode mode, const std::vector<int>& s
   program.add_linear("head", last, {logits}, {table}, {}, false);
   program.set_logits(logits);
 
+  const std::vector<std::uint8_t> served(program.weight_count(), 4);
   std::vector<float> all;
   std::int32_t past = 0;
   const std::int32_t blocks[2] = {3, 1};
@@ -130,7 +130,13 @@ std::vector<float> run_program(int threads, Mode mode, const std::vector<int>& s
     }
     const std::int32_t starts[2] = {0, count};
     std::vector<float> out(static_cast<std::size_t>(count) * kVocabulary);
-    program.run({tokens.size(), tokens.data(), {1, starts, &past, blocks, 2}, rows.size(), rows.data(), 4, out.data()});
+    program.run({tokens.size(),
+                 tokens.data(),
+                 {1, starts, &past, blocks, 2},
+                 rows.size(),
+                 rows.data(),
+                 served.data(),
+                 out.data()});
     all.insert(all.end(), out.begin(), out.end());
     past += count;
   }

@@ -79,12 +79,26 @@ class Program:
         transposed: bool,
         /,
     ) -> int: ...
-    def add_planes(
-        self, name: str, planes: Sequence[NDArray[np.uint8]], experts: int, columns: int, served: Sequence[int], /
-    ) -> int: ...
+    def add_planes(self, name: str, planes: Sequence[NDArray[np.uint8]], experts: int, columns: int, /) -> int: ...
     def has_tables(self, weight: int, bits: int, /) -> bool: ...
-    def prepare(self, weight: int, bits: int, values: NDArray[np.float32], threads: int, /) -> None: ...
-    def prepare_cells(self, weight: int, bits: int, records: NDArray[np.uint8], /) -> None: ...
+    def prepare(
+        self,
+        weight: int,
+        bits: int,
+        values: NDArray[np.float32],
+        unit: NDArray[np.float32] | None,
+        threads: int,
+        /,
+    ) -> None: ...
+    def prepare_cells(
+        self,
+        weight: int,
+        bits: int,
+        centres: NDArray[np.float32],
+        ladders: NDArray[np.uint8],
+        steps: NDArray[np.float32],
+        /,
+    ) -> None: ...
     def add_embed(
         self, label: str, out: _Place, weight: int, positions: bool, offset: int, scale: float, add: bool, /
     ) -> None: ...
@@ -162,7 +176,7 @@ class Program:
         past: _Ints,
         blocks: _Ints,
         rows: _Ints,
-        bits: int,
+        served: NDArray[np.uint8],
         logits: NDArray[np.float32],
     ) -> None: ...
 

@@ -44,36 +44,45 @@ def test_quantize_reports_and_dry_run_agrees(tiny_llama: Path, tmp_path: Path, c
     assert (planned["dry_run"], done["dry_run"]) == (True, False)
 
 
-def test_codebooks_above_four_bits(tiny_llama: Path, tmp_path: Path, capsys: Any) -> None:
-    bpw = {}
-    for name, options in {"cells": (), "table": ("--codebook", "table"), "affine": ("--solver", "uniform")}.items():
-        report = json.loads(run(capsys, "quantize", tiny_llama, tmp_path / name, "--bits", "4,8", "--json", *options))
+def test_codebooks(tiny_llama: Path, tmp_path: Path, capsys: Any) -> None:
+    bpw, stored = {}, {}
+    for name, options in {"compact": (), "table": ("--codebook", "table"), "affine": ("--solver", "uniform")}.items():
+        report = json.loads(run(capsys, "quantize", tiny_llama, tmp_path / name, "--bits", "4,5,8", "--json", *options))
         bpw[name] = {row["bits"]: row["bpw"] for row in report["rows"]}
+        stored[name] = report["stored_bpw"]
         document = json.loads(run(capsys, "inspect", tmp_path / name, "--json"))
-        assert document["format_version"] == (2 if name == "cells" else 1)
+        assert document["format_version"] == (3 if name == "compact" else 1)
         assert {layer["codebook"] for layer in document["layers"]} == {document["codebook"]} == {name}
         assert f"codebook `{name}`" in (tmp_path / name / "README.md").read_text()
         assert [row["bpw"] for row in document["sizes"]["rows"]] == list(bpw[name].values())
-    assert bpw["cells"][4] == bpw["table"][4]
-    # 44 bytes a row in place of 512: 11 bits of a record and 128 of a table beside each 32 weights of a row.
-    assert bpw["table"][8] - 8 == pytest.approx((bpw["cells"][8] - 8) * 512 / 44)
-    low = json.loads(run(capsys, "quantize", tiny_llama, tmp_path / "low", "--bits", "2-4", "--json"))
-    assert low["quantized_parameters"]
-    assert json.loads(run(capsys, "inspect", tmp_path / "low", "--json"))["format_version"] == 1
+        assert f" {name}  " in run(capsys, "inspect", tmp_path / name)
+    # 20 bytes a row (a scale and 16 int8) in place of 32 (16 float16); at 8 bits 30 (scale and record) in place of 512.
+    assert bpw["compact"][4] - 4 == pytest.approx((bpw["table"][4] - 4) * 20 / 32)
+    assert bpw["compact"][8] - 8 == pytest.approx((bpw["table"][8] - 8) * 30 / 512)
+    assert bpw["compact"][5] - 5 == pytest.approx(bpw["compact"][8] - 8)
+    # On disk the three have the same planes beside 46 (4 + 16 + 26) and 608 bytes a row.
+    assert stored["compact"] - 8 == pytest.approx((stored["table"] - 8) * 46 / 608)
 
 
 def test_uniform_has_a_codebook_of_its_own(tiny_llama: Path, tmp_path: Path, capsys: Any) -> None:
-    for option in (("--codebook", "cells"), ("--table-dtype", "float32")):
+    for option in (("--codebook", "compact"), ("--table-dtype", "float32")):
         line = refused(capsys, "quantize", tiny_llama, tmp_path / "out", "--solver", "uniform", *option)
         assert f"{option[0]} has no effect with --solver uniform, which stores no tables: drop it" in line
 
 
-def test_a_weight_of_few_bits_in_an_overlay_of_cells(tiny_llama: Path, tmp_path: Path) -> None:
+def test_compact_has_no_table_dtype(tiny_llama: Path, tmp_path: Path, capsys: Any) -> None:
+    for dtype in ("float16", "float32"):
+        line = refused(capsys, "quantize", tiny_llama, tmp_path / "out", "--table-dtype", dtype)
+        assert f"table dtype '{dtype}' has no effect with the codebook compact: ask for codebook table" in line
+
+
+def test_a_weight_of_few_bits_in_a_compact_overlay(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     everybit.quantize(tiny_llama, out, bits=(4, 8), override={"down_proj": (3,)}, progress=False)
-    kinds = {name.split(".")[-2]: spec.codebook for name, spec in everybit.load(out).overlay.weights.items()}
-    assert kinds["down_proj"] == "table"
-    assert set(kinds.values()) == {"table", "cells"}
+    overlay = everybit.load(out).overlay
+    assert {spec.codebook for spec in overlay.weights.values()} == {"compact"}
+    down = [name for name in overlay.names() if "down_proj" in name and "_plane" not in name]
+    assert {name.rpartition("_")[2] for name in down} == {"scale", "lut3"}
 
 
 def test_self_calibration_is_seeded(tiny_llama: Path, tmp_path: Path) -> None:
@@ -206,7 +215,7 @@ def test_unneeded_planes_are_never_read(overlay: Path) -> None:
     model(torch.tensor([[1, 2, 3]]))
     own = {name for spec in model.overlay.weights.values() for name in spec.tensors()}
     suffixes = {name.rpartition("_")[2] for name in model.overlay.touched & own}
-    assert suffixes == {"plane0", "plane1", "plane2", "lut3"}
+    assert suffixes == {"plane0", "plane1", "plane2", "scale", "lut3"}
 
 
 def test_a_copied_model_has_a_precision_of_its_own(overlay: Path) -> None:

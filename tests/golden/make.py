@@ -14,7 +14,11 @@ from everybit.kernels import dequantize
 from tests.unit import formats_tiny
 
 HERE = Path(__file__).parent
-VERSIONS = {"overlay": formats_tiny.write, "overlay-2": formats_tiny.write_cells}
+VERSIONS = {
+    "overlay": formats_tiny.write,
+    "overlay-2": formats_tiny.write_cells,
+    "overlay-3": formats_tiny.write_compact,
+}
 
 
 def values_of(name: str) -> Path:

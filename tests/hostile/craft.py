@@ -18,12 +18,13 @@ from everybit.formats import Overlay
 SIZES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 
-def honest_config(cells: bool = False) -> dict[str, Any]:
-    """The config.json of the overlay that `Shard` holds by default; of version 2 with a third weight for `cells`."""
-    if cells:
+def honest_config(kind: str = "") -> dict[str, Any]:
+    """The config.json of the overlay that `Shard` holds by default; with a third weight c.weight of codebook
+    `kind`, cells (version 2) or compact (version 3)."""
+    if kind:
         found = honest_config()
-        found["quantization_config"]["format_version"] = 2
-        found["quantization_config"]["weights"]["c.weight"] = {"shape": [2, 8], "bits": [4, 6], "codebook": "cells"}
+        found["quantization_config"]["format_version"] = {"cells": 2, "compact": 3}[kind]
+        found["quantization_config"]["weights"]["c.weight"] = {"shape": [2, 8], "bits": [4, 6], "codebook": kind}
         return found
     return {
         "model_type": "llama",
@@ -41,9 +42,21 @@ def honest_config(cells: bool = False) -> dict[str, Any]:
     }
 
 
-def honest_tensors(cells: bool = False) -> dict[str, tuple[str, list[int], bytes]]:
+def honest_tensors(kind: str = "") -> dict[str, tuple[str, list[int], bytes]]:
     """Dtype, shape and bytes of every tensor, widest items first so that each is aligned."""
-    if cells:
+    if kind == "compact":
+        compact = np.zeros((2, 26), np.uint8)
+        compact[:, :16] = np.arange(-8, 8, dtype=np.int8).view(np.uint8)
+        compact[:, 16:24] = 0x70  # ladders 1 and 8
+        compact[:, 24:] = (0x00, 0x3F)  # BF16 0.5
+        return {
+            "c.weight_lut4": ("I8", [2, 16], np.arange(-16, 16, dtype="i1").tobytes()),
+            "c.weight_cells": ("U8", [2, 26], compact.tobytes()),
+            "c.weight_scale": ("F32", [2, 1], np.array([0.5, 2], "<f4").tobytes()),
+            **honest_tensors(),
+            **{f"c.weight_plane{k}": ("U8", [2, 1], bytes([37 * k, 91])) for k in range(6)},
+        }
+    if kind == "cells":
         record = np.zeros((2, 44), np.uint8)
         record[:, 32:40] = 0x70  # ladders 1 and 8
         record[:, 40:] = np.frombuffer(np.array([0.5], "<f4").tobytes(), np.uint8)
@@ -98,12 +111,12 @@ class Shard:
 
 
 class Folder:
-    """An overlay folder in parts: one shard by default, or several with an index; of version 2 with `cells`."""
+    """An overlay folder in parts: one shard by default, or several with an index; with a weight of `kind` beside."""
 
-    def __init__(self, split: bool = False, cells: bool = False) -> None:
-        self.config = honest_config(cells)
+    def __init__(self, split: bool = False, kind: str = "") -> None:
+        self.config = honest_config(kind)
         self.index: dict[str, Any] | None = None
-        tensors = honest_tensors(cells)
+        tensors = honest_tensors(kind)
         if not split:
             self.shards = {"model.safetensors": Shard(tensors)}
             return

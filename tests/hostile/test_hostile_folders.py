@@ -92,10 +92,10 @@ def test_a_config_of_a_hundred_megabytes(tmp_path: Path) -> None:
 
 def test_a_newer_format(tmp_path: Path) -> None:
     crafted = Folder()
-    crafted.quantization.update(format_version=3, bits="a new syntax", new_key=1)
+    crafted.quantization.update(format_version=4, bits="a new syntax", new_key=1)
     refuse(
         crafted.save(tmp_path / "o"),
-        r"config\.json: quantization_config: format_version 3 arrived, this everybit reads up to 2: "
+        r"config\.json: quantization_config: format_version 4 arrived, this everybit reads up to 3: "
         "this file needs a newer everybit, upgrade it",
     )
 
@@ -193,28 +193,118 @@ RECORDS: list[tuple[str, int, bytes, str]] = [
     ("place", "data", "message"), [case[1:] for case in RECORDS], ids=[case[0] for case in RECORDS]
 )
 def test_records_that_lie(tmp_path: Path, place: int, data: bytes, message: str) -> None:
-    tensors = honest_tensors(cells=True)
+    tensors = honest_tensors(kind="cells")
     dtype, shape, honest = tensors["c.weight_cells6"]
     tensors["c.weight_cells6"] = (dtype, shape, honest[:place] + data + honest[place + len(data) :])
-    crafted = Folder(cells=True)
+    crafted = Folder(kind="cells")
     Overlay.open(crafted.save(tmp_path / "honest")).verify_all()
     crafted.shards["model.safetensors"] = Shard(tensors)
     refuse(crafted.save(tmp_path / "o"), rf"tensor 'c\.weight_cells6': {message}")
 
 
-def test_cells_in_version_one(tmp_path: Path) -> None:
-    crafted = Folder(cells=True)
-    crafted.quantization["format_version"] = 1
-    refuse(crafted.save(tmp_path / "o"), "format_version 1 arrived beside a codebook kind that came with")
-
-
 @pytest.mark.parametrize(("dtype", "shape"), [("F16", [2, 22]), ("U8", [1, 88]), ("U8", [2, 4, 11])])
 def test_records_of_another_shape_or_dtype(tmp_path: Path, dtype: str, shape: list[int]) -> None:
-    tensors = honest_tensors(cells=True)
+    tensors = honest_tensors(kind="cells")
     tensors["c.weight_cells6"] = (dtype, shape, tensors["c.weight_cells6"][2])
-    crafted = Folder(cells=True)
+    crafted = Folder(kind="cells")
     crafted.shards["model.safetensors"] = Shard(tensors)
     refuse(crafted.save(tmp_path / "o"), r"'c\.weight_cells6' is .*, expected U8 \[2, 44\]")
+
+
+# Codebooks of kind compact
+
+COMPACT: list[tuple[str, str, int, bytes, str]] = [
+    ("a ladder of 9", "cells", 23, b"\x80", "row 0 has 8, expected a nibble of 0 to 7"),
+    ("a ladder of 16", "cells", 26 + 16, b"\x0f", "row 1 has 15, expected a nibble of 0 to 7"),
+    ("a negative step", "cells", 24, b"\x80\xbf", "row 0 has -1.0, expected a finite step, 0 or more"),
+    ("a step that is no number", "cells", 24, b"\xc0\x7f", "row 0 has nan, expected a finite step"),
+    ("an infinite step", "cells", 26 + 24, b"\x80\x7f", "row 1 has inf, expected a finite step"),
+    ("a step that overflows", "cells", 24, b"\x7f\x7f", "row 0 has a value that is not finite"),
+    ("a negative scale", "scale", 4, b"\0\0\x80\xbf", "row 1 has -1.0, expected a finite scale, 0 or more"),
+    ("a scale that is no number", "scale", 0, b"\0\0\xc0\x7f", "row 0 has nan, expected a finite scale"),
+    ("an infinite scale", "scale", 0, b"\0\0\x80\x7f", "row 0 has inf, expected a finite scale"),
+    ("a scale that overflows", "scale", 0, b"\xff\xff\x7f\x7f", "row 0 has a value that is not finite"),
+]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "place", "data", "message"), [case[1:] for case in COMPACT], ids=[case[0] for case in COMPACT]
+)
+def test_compact_numbers_that_lie(tmp_path: Path, suffix: str, place: int, data: bytes, message: str) -> None:
+    tensors = honest_tensors("compact")
+    dtype, shape, honest = tensors[f"c.weight_{suffix}"]
+    tensors[f"c.weight_{suffix}"] = (dtype, shape, honest[:place] + data + honest[place + len(data) :])
+    crafted = Folder(kind="compact")
+    Overlay.open(crafted.save(tmp_path / "honest")).verify_all()
+    crafted.shards["model.safetensors"] = Shard(tensors)
+    refuse(crafted.save(tmp_path / "o"), rf"tensors 'c\.weight_scale' and 'c\.weight_(lut4|cells)': {message}")
+    with Overlay.open(tmp_path / "o") as overlay:
+        for read in (overlay.table, overlay.grid):  # the engine asks for the one or the other
+            with pytest.raises(FormatError, match=message):
+                read("c.weight", 6)
+
+
+@pytest.mark.parametrize("kind", ["cells", "compact"])
+def test_kinds_in_an_earlier_version(tmp_path: Path, kind: str) -> None:
+    crafted = Folder(kind=kind)
+    crafted.quantization["format_version"] -= 1
+    refuse(crafted.save(tmp_path / "o"), "arrived beside a codebook kind that came with")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape", "message"),
+    [
+        ("scale", "U8", [2, 4], r"'c\.weight_scale' is U8 \[2, 4\], expected F32 \[2, 1\]"),
+        ("scale", "F16", [2, 2], r"'c\.weight_scale' is F16 \[2, 2\], expected F32 \[2, 1\]"),
+        ("scale", "F32", [2], r"'c\.weight_scale' is F32 \[2\], expected F32 \[2, 1\]"),
+        ("lut4", "U8", [2, 16], r"'c\.weight_lut4' is U8 \[2, 16\], expected I8 \[2, 16\]"),
+        ("lut4", "F16", [2, 8], r"'c\.weight_lut4' is F16 \[2, 8\], expected I8 \[2, 16\]"),
+        ("cells", "I8", [2, 26], r"'c\.weight_cells' is I8 \[2, 26\], expected U8 \[2, 26\]"),
+        ("cells", "U8", [1, 52], r"'c\.weight_cells' is U8 \[1, 52\], expected U8 \[2, 26\]"),
+    ],
+)
+def test_compact_of_another_shape_or_dtype(
+    tmp_path: Path, name: str, dtype: str, shape: list[int], message: str
+) -> None:
+    tensors = honest_tensors("compact")
+    tensors[f"c.weight_{name}"] = (dtype, shape, tensors[f"c.weight_{name}"][2])
+    crafted = Folder(kind="compact")
+    crafted.shards["model.safetensors"] = Shard(tensors)
+    refuse(crafted.save(tmp_path / "o"), message)
+
+
+@pytest.mark.parametrize("name", ["scale", "lut4", "cells"])
+def test_compact_without_a_part(tmp_path: Path, name: str) -> None:
+    tensors = honest_tensors("compact")
+    del tensors[f"c.weight_{name}"]
+    crafted = Folder(kind="compact")
+    crafted.shards["model.safetensors"] = Shard(tensors)
+    refuse(crafted.save(tmp_path / "o"), rf"tensor 'c\.weight_{name}' is missing, the config says weight 'c\.weight'")
+
+
+@pytest.mark.parametrize("name", ["a.weight_scale", "e.weight_cells", "c.weight_lut3", "c.weight_cells6"])
+def test_compact_parts_that_no_weight_has(tmp_path: Path, name: str) -> None:
+    crafted = Folder(kind="compact")
+    crafted.shards["model.safetensors"] = Shard({**honest_tensors("compact"), name: ("U8", [1], b"\0")})
+    refuse(crafted.save(tmp_path / "o"), f"tensor '{name}' belongs to no weight and precision in the config")
+
+
+def test_cells_where_all_bits_are_low(tmp_path: Path) -> None:
+    tensors = {name: t for name, t in honest_tensors("compact").items() if name[-1] not in "45" or "plane" not in name}
+    crafted = Folder(kind="compact")
+    crafted.quantization["weights"]["c.weight"]["bits"] = [4]
+    crafted.shards["model.safetensors"] = Shard(tensors)
+    refuse(crafted.save(tmp_path / "o"), r"tensor 'c\.weight_cells' belongs to no weight and precision in the config")
+
+
+def test_a_plain_tensor_may_be_called_scale(tmp_path: Path) -> None:
+    for kind in ("cells", "compact"):
+        crafted = Folder(kind=kind)
+        extra = {"x.weight_scale": ("U8", [1], b"\0"), "x_cells": ("U8", [1], b"\0")}
+        crafted.shards["model.safetensors"] = Shard({**honest_tensors(kind), **extra})
+        overlay = Overlay.open(crafted.save(tmp_path / kind))
+        overlay.verify_all()
+        assert set(extra) <= set(overlay.plain_names())
 
 
 # The index and its shards

@@ -39,6 +39,7 @@ VALUES: list[Any] = [
         "table",
         "affine",
         "cells",
+        "compact",
         "everybit",
         "a.weight",
         "../x",
@@ -153,11 +154,11 @@ def _put(path: Path, raw: bytes) -> None:
 
 def test_mutations(tmp_path: Path) -> None:
     opened, outcomes, random_ = Opened(), Counter[str](), random.Random(SEED)
-    kinds: list[dict[str, bool]] = [{}, {"split": True}, {"cells": True}]
+    kinds: list[dict[str, Any]] = [{}, {"split": True}, {"kind": "cells"}, {"kind": "compact"}]
     folders = [Folder(**kind).save(tmp_path / str(number)) for number, kind in enumerate(kinds)]
     for number in range(CASES):
-        folder = folders[number % 3]
-        note, undo = _mutate(folder, Folder(**kinds[number % 3]), random_)
+        folder = folders[number % len(kinds)]
+        note, undo = _mutate(folder, Folder(**kinds[number % len(kinds)]), random_)
         case = f"case {number} ({note})"
         opened.paths.clear()
         with _watchdog(10, case):

@@ -173,9 +173,10 @@ def test_missing_calibration_file(tmp_path: Path, model: Path) -> None:
         ({"ignore": ["no_such_layer"]}, "matches no layer"),
         ({"ignore": ["."]}, "no layer is left to quantize"),
         ({"override": {"no_such_layer": (4,)}}, "matches no layer"),
-        ({"table_dtype": "int3"}, "unknown table dtype"),
-        ({"codebook": "nf4"}, "unknown codebook 'nf4': expected cells or table"),
-        ({"codebook": "cells", "solver": "uniform"}, "codebook 'cells' has no effect with the solver uniform"),
+        ({"table_dtype": "int3", "codebook": "table"}, "unknown table dtype"),
+        ({"codebook": "nf4"}, "unknown codebook 'nf4': expected compact or table"),
+        ({"table_dtype": "float32"}, "table dtype 'float32' has no effect with the codebook compact"),
+        ({"codebook": "compact", "solver": "uniform"}, "codebook 'compact' has no effect with the solver uniform"),
         ({"calibration_sequences": 0, "calibration": "self"}, "expected 1 or more"),
     ],
 )
@@ -184,14 +185,22 @@ def test_bad_options(tmp_path: Path, model: Path, options: dict[str, Any], messa
 
 
 def test_weights_beyond_float16_tables(tmp_path: Path, model: Path) -> None:
+    edit(model, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].mul_(1e7))
+    refuse(model, SourceError, "overflow a float16 codebook: use --table-dtype", tmp_path, codebook="table")
+    everybit.quantize(model, tmp_path / "tables", codebook="table", table_dtype="float32", progress=False)
+    everybit.quantize(model, tmp_path / "compact", progress=False)  # scales are float32
+
+
+def test_grids_beyond_float32(tmp_path: Path, model: Path) -> None:
     def enlarge(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.0.mlp.up_proj.weight"] *= 1e7
+        weight = tensors["model.layers.0.mlp.up_proj.weight"]  # rows with a cell at the very edge of float32
+        ramp = torch.linspace(0.97, 1, weight.shape[1]) * torch.finfo(torch.float32).max
+        weight.copy_(ramp.expand_as(weight))
+        weight[:, ::3] *= -1
 
     edit(model, enlarge)
-    advice = "overflow a float16 codebook: use --codebook table --table-dtype float32"
+    advice = "overflow a compact codebook: use --codebook table --table-dtype float32"
     refuse(model, SourceError, advice, tmp_path)
-    refuse(model, SourceError, advice, tmp_path, table_dtype="float32")  # the centres of cells are float16 always
-    refuse(model, SourceError, "overflow a float16 codebook: use --table-dtype", tmp_path, codebook="table")
     everybit.quantize(model, tmp_path / "out", codebook="table", table_dtype="float32", progress=False)
 
 

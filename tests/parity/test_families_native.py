@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,10 @@ from everybit.engine import native as native_module
 from everybit.engine.checkpoint import Checkpoint
 from everybit.engine.native import Native
 from everybit.engine.reference import Reference
+from everybit.formats import ALL_BITS, Overlay, OverlayWriter
 from tests.e2e.architectures import COMMON, FAMILIES, VARIANTS, make
 from tests.parity.test_families_reference import in_chunks, save, worst
+from tests.unit.formats_tiny import pack_cells
 
 # As the reference against transformers: two evaluations of the same float32 sums, here with fused multiply-add and
 # another order. Measured: at most 2e-6.
@@ -28,6 +32,7 @@ EXACT = 1e-5
 # kernels alone are held to float rounding in native/tests.
 ROUNDED = 0.05
 OVERLAY_BITS = (2, 3, 4, 5, 8)
+BASE_128 = ("avx2", "avx512", "neon")  # Kernels::base: table entries of 7 bits
 
 
 def typical(got: tuple[NDArray[np.float32], ...], wanted: tuple[NDArray[np.float32], ...]) -> float:
@@ -67,6 +72,75 @@ def test_overlay_at_every_precision_and_instruction_set(family: str, tmp_path: P
                 for bits in OVERLAY_BITS:
                     found = distance(in_chunks(back_end, bits), wanted[bits])
                     assert found < bound, f"{isa} {mode} {bits} bits: {found:.2g}"
+
+
+@pytest.mark.parametrize("codebook", ["compact", "table", "cells"])
+def test_every_codebook_at_all_bits_in_every_mode(codebook: str, tmp_path: Path) -> None:
+    """Rows long enough for tables made on the fly; `cells` of version 2 as earlier versions wrote them."""
+    config = transformers.LlamaConfig(**{**COMMON, "intermediate_size": native_module.MADE_COLUMNS + 44})
+    transformers.LlamaForCausalLM(config).eval().save_pretrained(tmp_path / "float")
+    kind = "table" if codebook == "cells" else codebook
+    everybit.quantize(tmp_path / "float", tmp_path / "overlay", codebook=kind, progress=False)
+    if codebook == "cells":
+        make_cells(tmp_path / "overlay")
+    with Checkpoint.open(tmp_path / "overlay") as checkpoint:
+        assert {checkpoint.quantized(name).codebook for name in checkpoint.overlay.weights} == {codebook}
+        reference = Reference(models.build(checkpoint), checkpoint)
+        for bits in ALL_BITS:
+            wanted = in_chunks(reference, bits)
+            for isa in _native.isas():
+                exact = in_chunks(native(checkpoint, mode="exact", isa=isa, most_tokens=64), bits)
+                assert worst(exact, wanted) < EXACT, f"{isa} {bits} bits"
+                for mode in ("default", "fast"):
+                    found = typical(in_chunks(native(checkpoint, mode=mode, isa=isa, most_tokens=64), bits), wanted)
+                    assert found < ROUNDED, f"{isa} {mode} {bits} bits: {found:.2g}"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_compact_tables_need_one_byte_where_the_base_allows(bits: int, tmp_path: Path) -> None:
+    """With base 256 an entry is `lut - min` of int8 numbers and a byte holds it: default and fast are the same table,
+    and what the table says is within float rounding of exact: the activations' rounding is all that is left.
+    """
+    make("llama").save_pretrained(tmp_path / "float")
+    everybit.quantize(tmp_path / "float", tmp_path / "overlay", bits=(bits,), progress=False)
+    with Checkpoint.open(tmp_path / "overlay") as checkpoint:
+        specs = checkpoint.overlay.weights.values()
+        whole = sum(spec.rows * ((1 << bits) + 8) for spec in specs)
+        two = whole if bits == 2 else sum(spec.rows * (2 * (1 << bits) + 16) for spec in specs)
+        for isa in _native.isas():
+            runs = {}
+            for mode in ("default", "fast"):
+                back_end = native(checkpoint, mode=mode, isa=isa, most_tokens=64)
+                runs[mode] = in_chunks(back_end, bits)
+                assert back_end.table_bytes == (two if isa in BASE_128 and mode == "default" else whole), isa
+            if isa not in BASE_128:
+                for one, other in zip(runs["default"], runs["fast"], strict=True):
+                    np.testing.assert_array_equal(one, other)
+
+
+def make_cells(folder: Path) -> None:
+    """Turns an overlay of tables into one of kind cells: above 4 bits its codes, random records."""
+    with Overlay.open(folder) as overlay:
+        config, rng = overlay.config, np.random.default_rng(0)
+        tensors = {name: overlay.tensor(name).copy() for name in overlay.names()}
+        layout = {name: overlay.spec_of(name) for name in overlay.names()}
+        for name, spec in overlay.weights.items():
+            own = replace(spec, codebook="cells")
+            table = overlay.table(name, 4)
+            for bits in spec.bits:
+                if bits <= 4:
+                    continue
+                for old in spec.codebook_names(bits).values():
+                    del tensors[old], layout[old]
+                (new,) = own.codebook_names(bits).values()
+                records = pack_cells(table, rng.integers(1, 9, table.shape), np.abs(table).max(axis=1) / 2000)
+                layout[new] = own.tensors()[new]
+                tensors[new] = records.reshape(layout[new].shape)
+    config["quantization_config"] |= {"format_version": 2, "codebook": "cells"}
+    shutil.rmtree(folder)
+    with OverlayWriter(folder, layout, config) as writer:
+        writer.write_group("all", tensors)
+        writer.finish()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma2"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from everybit.formats import CODEBOOKS
-from everybit.formats.codebooks import Cells
+from everybit import _native
+from everybit.formats.grid import Grid
 from everybit.quantize.solvers import reference, reference_cells, solve
 
 COLUMNS = [1, 2, 3, 7, 8, 9, 31, 105, 172, 352]
@@ -128,7 +128,7 @@ def test_uniform_matches_the_reference(kind: str, columns: int, threads: int) ->
         assert (solution.codes[row] == codes).all()
         for b in bits:
             reach = max(float(np.abs(weights[row]).max()), 1e-6)
-            np.testing.assert_allclose(solution.codebooks[b][row], lines[b], rtol=1e-5, atol=1e-6 * reach)
+            np.testing.assert_allclose(solution.codebook[f"affine{b}"][row], lines[b], rtol=1e-5, atol=1e-6 * reach)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,21 +140,25 @@ def test_cells_match_the_reference(kind: str, columns: int, bits: tuple[int, ...
     Both are double; on these rows such ties move an error by less than 2 % of itself (most are equal to 1e-9).
     """
     weights, sensitivity = rows_of(kind, columns, 3)
-    solution = solve(weights, sensitivity, bits, codebook="cells", threads=2)
     planes, upper = max(bits), [b for b in bits if b > 4]
+    given = solve(weights, sensitivity, sorted({*(b for b in bits if b < 4), 4})).codes
+    found = [Grid(np.empty((3, 16), np.float32), np.empty((3, 16), np.uint8), np.empty(3, np.float32)) for _ in upper]
+    parts = [[getattr(grid, name) for grid in found] for name in ("centres", "ladders", "steps")]
+    codes = given.copy()
+    _native.solve_cells(weights, sensitivity, upper, codes, *parts, 2)
+    assert (codes >> (planes - 4) == given).all()
     for row in range(len(weights)):
         s = sensitivity_row(sensitivity, row)
-        given = solution.codes[row] >> (planes - 4)
-        codes, books = reference_cells.cells(weights[row], s, given, upper)
-        assert (codes >> (planes - 4) == given).all()
+        plain_codes, books = reference_cells.cells(weights[row], s, given[row], upper)
+        assert (plain_codes >> (planes - 4) == given[row]).all()
         reach = float(np.abs(weights[row]).max())
-        for b in upper:
+        for b, grid in zip(upper, found, strict=True):
             centres, ladders, step = books[b]
-            record = Cells.pack(
-                centres[None].astype(np.float32), ladders[None].astype(np.uint8), np.array([step], np.float32)
+            plain = Grid(centres[None].astype(np.float32), ladders[None].astype(np.uint8), np.array([step], np.float32))
+            wanted, got = (
+                error(weights[row], s, one.values(b)[i][c >> (planes - b)])
+                for one, i, c in ((plain, 0, plain_codes), (grid, row, codes[row]))
             )
-            plain = CODEBOOKS["cells"].expand(record, b)[0][codes >> (planes - b)]
-            wanted, found = (error(weights[row], s, v) for v in (plain, solution.values_at(b)[row]))
-            # Centres are F16: a rounding of 2^-12 of the reach per weight is not the solver's error.
-            rounding = columns * (2.0**-12 * reach) ** 2 * (1.0 if s is None else float(s.max()))
-            assert abs(found - wanted) <= 0.02 * wanted + rounding
+            # Centres are float32: a rounding of 2^-24 of the reach per weight is not the solver's error.
+            rounding = columns * (2.0**-24 * reach) ** 2 * (1.0 if s is None else float(s.max()))
+            assert abs(got - wanted) <= 0.02 * wanted + rounding

@@ -129,7 +129,9 @@ def test_small_chunks_slices_and_more_threads_change_nothing(monkeypatch: pytest
         monkeypatch.setattr(quality, name, 1)
     model, reference = Switched({2: OTHER, 8: SKEWED}), Table(SKEWED)
     for row, expected in zip(run(model, reference, threads=3).rows, whole.rows, strict=True):
-        assert dataclasses.astuple(row)[3:] == pytest.approx(dataclasses.astuple(expected)[3:], rel=1e-12)  # sum order
+        found, wanted = ([value for value in dataclasses.astuple(r)[3:] if value is not None] for r in (row, expected))
+        assert len(found) == 6
+        assert found == pytest.approx(wanted, rel=1e-12)  # sum order
     assert reference.calls == [[4], [3], [3]]
     assert model.order == [2, 8] * 3
 

@@ -24,9 +24,10 @@ BARE = Report(None, [Row(3, None, None, 5.0, 1.0, None, None, None)], tokens=1, 
 
 def test_json_is_the_documented_document() -> None:
     document = json.loads(REPORT.json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert list(document) == ["float", "rows"]
+    assert list(document) == ["float", "rows", "intervals"]
     assert document["float"] == {"ppl": 9.99, "bits_per_byte": 0.99, "bpw": 16.0, "bytes": 4000}
     keys = ["bits", "bpw", "bytes", "ppl", "bits_per_byte", "kl_mean", "kl_p99", "top1"]
+    keys += ["kl_interval", "ppl_ratio", "ppl_ratio_interval"]
     assert [list(row) for row in document["rows"]] == [keys] * 3
     assert (document["rows"][1]["ppl"], document["rows"][1]["bits_per_byte"]) == (None, None)
     assert json.loads(BARE.json())["float"] is None

@@ -76,9 +76,19 @@ def test_version_two_without_cells_is_read() -> None:
     assert QuantizationConfig.from_dict({**good(), "format_version": 2}).to_dict() == {**good(), "format_version": 2}
 
 
+def test_compact_is_version_three() -> None:
+    spec = WeightSpec("w", (1, 8), codebook="compact")
+    found = QuantizationConfig(spec.bits, "table", {"w": spec}).to_dict()
+    assert found["format_version"] == 3
+    assert QuantizationConfig.from_dict(found).to_dict() == found
+    for version in (1, 2):
+        with pytest.raises(FormatError, match=rf"format_version {version} arrived beside a codebook kind that .* 3"):
+            QuantizationConfig.from_dict({**found, "format_version": version})
+
+
 REFUSED: list[tuple[str, Any, str]] = [
     ("quant_method", "gptq", "quant_method 'gptq' arrived, expected 'everybit'"),
-    ("format_version", 3, "this file needs a newer everybit, upgrade it with pip install --upgrade everybit"),
+    ("format_version", 4, "this file needs a newer everybit, upgrade it with pip install --upgrade everybit"),
     ("format_version", 0, "format_version 0 arrived, expected an integer from 1 up"),
     ("format_version", "1", "format_version '1' arrived, expected an integer"),
     ("format_version", True, "format_version True arrived, expected an integer"),

@@ -62,7 +62,7 @@ def test_experts_come_as_rows(folder: Path) -> None:
     planes = overlay.planes("b.experts", 3)
     assert [plane.shape for plane in planes] == [(6, 2)] * 3
     np.testing.assert_array_equal(planes[1], stored["b.experts_plane1"].reshape(6, 2))
-    expected = CODEBOOKS["affine"].expand(stored["b.experts_affine3"], 3)
+    expected = CODEBOOKS["affine"].expand({"affine3": stored["b.experts_affine3"]}, 3)
     np.testing.assert_array_equal(overlay.table("b.experts", 3), expected)
     np.testing.assert_array_equal(overlay.table("a.weight", 2), stored["a.weight_lut2"].astype(np.float32))
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from everybit.formats import Overlay, OverlayWriter, QuantizationConfig, WeightSpec
-from everybit.formats.codebooks import Cells
+from everybit.formats.compact import Compact
 from everybit.formats.config import KEYS, WEIGHT_KEYS
+from everybit.kernels import dequantize
 from tests.unit import formats_tiny as tiny
 
 SPEC = (Path(__file__).parents[2] / "docs" / "spec.md").read_text(encoding="utf-8")
@@ -74,7 +75,7 @@ def test_the_cells_of_the_worked_example(tmp_path: Path) -> None:
         for plane in range(6):
             writer.write(f"v_plane{plane}", np.packbits(codes >> (5 - plane) & 1, axis=1, bitorder="little"))
         writer.write("v_lut4", np.array(stated["lut4"], np.float16))
-        writer.write("v_cells6", Cells.pack(*parts))
+        writer.write("v_cells6", tiny.pack_cells(*parts))
         writer.finish()
     overlay = Overlay.open(tmp_path / "out")
     record = overlay.tensor("v_cells6").tobytes().hex(" ")
@@ -83,10 +84,34 @@ def test_the_cells_of_the_worked_example(tmp_path: Path) -> None:
     assert reader()(tmp_path / "out", "v", 4).tolist() == [[-8, -7, 1, 8]]
 
 
+def test_the_compact_row_of_the_worked_example(tmp_path: Path) -> None:
+    stated = json.loads(texts("json", "A worked example")[2])
+    codes = np.array(stated["codes"], np.uint8)
+    weight = WeightSpec("u", tuple(stated["shape"]), tuple(stated["bits"]), "compact")
+    config = {"quantization_config": QuantizationConfig(weight.bits, "compact", {"u": weight}).to_dict()}
+    types = {"scale": "f4", "lut2": "i1", "centres": "i1", "ladders": "u1", "steps": "f4"}
+    parts = {key: np.array(stated[key], dtype) for key, dtype in types.items()}
+    packed = Compact.pack(parts["scale"], {2: parts["lut2"]}, parts["centres"], parts["ladders"], parts["steps"])
+    with OverlayWriter(tmp_path / "out", weight.tensors(), config) as writer:
+        for plane in range(6):
+            writer.write(f"u_plane{plane}", np.packbits(codes >> (5 - plane) & 1, axis=1, bitorder="little"))
+        for suffix, array in packed.items():
+            writer.write(f"u_{suffix}", array)
+        writer.finish()
+    overlay = Overlay.open(tmp_path / "out")
+    names = ("u_scale", "u_lut2", "u_cells")
+    lines = [f"{name} {overlay.spec_of(name)} {overlay.tensor(name).tobytes().hex(' ')}" for name in names]
+    assert texts("text", "A worked example")[2].splitlines() == lines
+    for bits, values in {6: [-62, -45, -0.5, 71.5], 5: [-60, -46, -1.5, 79.5], 2: [-63.5, -63.5, 20, 63.5]}.items():
+        assert reader()(tmp_path / "out", "u", bits).tolist() == [values]
+        planes = overlay.planes("u", bits)
+        assert dequantize(planes, overlay.table("u", bits), 4).tolist() == [values]
+
+
 def reader() -> Callable[[Path, str, int], np.ndarray]:
     """The example reader of the specification."""
-    source = block("python", "A reader in 33 lines")
-    assert len(source.splitlines()) <= 33
+    source = block("python", "A reader in 40 lines")
+    assert len(source.splitlines()) <= 40
     names: dict[str, Any] = {}
     exec(compile(source, "docs/spec.md", "exec"), names)
     return names["read"]  # type: ignore[no-any-return]
@@ -102,6 +127,11 @@ def test_the_reader_of_the_specification(tmp_path: Path, shard_bytes: int, param
 @pytest.mark.parametrize("bits", tiny.CELLS.bits)
 def test_the_reader_of_the_specification_reads_cells(tmp_path: Path, bits: int) -> None:
     check_the_reader(tiny.write_cells(tmp_path / "out"), "c.weight", bits)
+
+
+@pytest.mark.parametrize("bits", tiny.COMPACT.bits)
+def test_the_reader_of_the_specification_reads_compact(tmp_path: Path, bits: int) -> None:
+    check_the_reader(tiny.write_compact(tmp_path / "out"), "d.weight", bits)
 
 
 def check_the_reader(folder: Path, parameter: str, bits: int) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from everybit.errors import FormatError, PrecisionError, ShapeError
 from everybit.formats import ALL_BITS, TensorSpec, WeightSpec, check_bits
+from everybit.formats.sizes import SizeReport
 from everybit.formats.tensors import show
 from everybit.formats.weights import require_bits
 
@@ -122,3 +123,31 @@ def test_tensors_of_a_cells_weight_by_hand() -> None:
         "e.gate_cells5": "U8 [2, 3, 44]",
         "e.gate_cells8": "U8 [2, 3, 44]",
     }
+
+
+def test_tensors_of_a_compact_weight_by_hand() -> None:
+    spec = WeightSpec("e.gate", (2, 3, 16), (3, 4, 5, 8), "compact")
+    found = {name: str(tensor) for name, tensor in spec.tensors("F32").items() if "plane" not in name}
+    assert found == {
+        "e.gate_scale": "F32 [2, 3, 1]",
+        "e.gate_lut3": "I8 [2, 3, 8]",
+        "e.gate_lut4": "I8 [2, 3, 16]",
+        "e.gate_cells": "U8 [2, 3, 26]",  # one for 5 and 8 bits
+    }
+    assert spec.codebook_names(8) == {"scale": "e.gate_scale", "cells": "e.gate_cells"}
+    assert "e.gate_cells" not in WeightSpec("e.gate", (2, 3, 16), (2, 3, 4), "compact").tensors()
+    assert set(WeightSpec("w", (1, 8), (8,), "compact").tensors()) == {f"w_plane{k}" for k in range(8)} | {
+        "w_scale",
+        "w_cells",
+    }
+
+
+def test_sizes_count_what_precisions_share_once_on_disk_and_in_each() -> None:
+    spec = WeightSpec("w", (5, 64), codebook="compact")
+    sizes = SizeReport.of([spec], spec.bits, spec.tensors())
+    assert sizes.stored_bytes == 5 * (8 * 8 + 58)
+    assert {b: size.bytes for b, size in sizes.rows.items()} == {
+        **{b: 5 * (8 * b + 4 + (1 << b)) for b in (2, 3, 4)},
+        **{b: 5 * (8 * b + 4 + 26) for b in (5, 6, 7, 8)},
+    }
+    assert sizes.rows[3].bpw == sizes.rows[3].bytes * 8 / 320

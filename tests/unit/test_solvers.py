@@ -31,10 +31,11 @@ def error(weights: np.ndarray, sensitivity: np.ndarray | None, solution: Solutio
 
 def check_table(weights: np.ndarray, sensitivity: np.ndarray | None, solution: Solution) -> None:
     """Codes within range, codebooks = the reference's means of these codes, errors that never rise with bits."""
-    planes = max(solution.codebooks)
+    planes = solution.bits[-1]
     assert solution.codes.shape == weights.shape
     assert int(solution.codes.max(initial=0)) < 2**planes
-    for bits, table in solution.codebooks.items():
+    for bits in solution.bits:
+        table = solution.codebook[f"lut{bits}"]
         assert table.shape == (len(weights), 2**bits)
         assert np.isfinite(table).all()
         for row in range(len(weights)):
@@ -42,7 +43,7 @@ def check_table(weights: np.ndarray, sensitivity: np.ndarray | None, solution: S
             expected = codebook(weights[row], s, solution.codes[row], bits, planes)
             # Both sum in double and round once: one unit in the last place, relative to the row's reach.
             np.testing.assert_allclose(table[row], expected, rtol=2e-7, atol=2e-7 * np.abs(weights[row]).max())
-    errors = [error(weights, sensitivity, solution, bits) for bits in sorted(solution.codebooks)]
+    errors = [error(weights, sensitivity, solution, bits) for bits in solution.bits]
     scale = float((weights.astype(np.float64) ** 2).sum()) * (1 if sensitivity is None else float(sensitivity.max()))
     assert all(fine <= coarse + 1e-7 * scale for coarse, fine in pairwise(errors))
 
@@ -54,7 +55,7 @@ def test_codebooks_are_means_and_errors_fall(solver: str, bits: tuple[int, ...],
     weights, sensitivity = gaussian(3, 172)
     s = sensitivity if weighted else None
     solution = solve(weights, s, bits, solver)
-    assert (solution.kind, tuple(solution.codebooks)) == ("table", bits)
+    assert (solution.kind, solution.bits) == ("table", bits)
     check_table(weights, s, solution)
 
 
@@ -107,7 +108,7 @@ def test_rows_without_sensitivity_are_solved_unweighted(solver: str) -> None:
     plain = solve(weights, None, ALL, solver)
     assert (solution.codes[1] == plain.codes[1]).all()
     for bits in ALL:
-        np.testing.assert_allclose(solution.codebooks[bits][1], plain.codebooks[bits][1], rtol=1e-6)
+        np.testing.assert_allclose(solution.table_at(bits)[1], plain.table_at(bits)[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("solver", KINDS)
@@ -133,7 +134,7 @@ def test_extreme_scales_change_nothing(solver: str, scale: float) -> None:
     scaled = solve(weights * power, sensitivity * (1 / power), ALL, solver)
     agree = (scaled.codes == ordinary.codes).mean()
     assert agree > 0.99
-    assert all(np.isfinite(book).all() for book in scaled.codebooks.values())
+    assert all(np.isfinite(book).all() for book in scaled.codebook.values())
 
 
 @pytest.mark.parametrize("solver", TABLE_SOLVERS)
@@ -154,7 +155,7 @@ def test_any_thread_count_gives_the_same_bytes(solver: str, bits: tuple[int, ...
     for threads in (2, 3, 4, 0):
         other = solve(weights, sensitivity, bits, solver, seed=5, threads=threads)
         assert (other.codes == first.codes).all()
-        assert all((other.codebooks[b] == first.codebooks[b]).all() for b in bits)
+        assert all((other.codebook[suffix] == book).all() for suffix, book in first.codebook.items())
 
 
 def test_rows_are_independent_of_each_other() -> None:
@@ -181,113 +182,19 @@ def test_any_finite_row_is_solved(values: list[float], data: st.DataObject) -> N
         solution = solve(weights, sensitivity, bits, solver)
         assert int(solution.codes.max()) < 2 ** bits[-1]
         for b in bits:
-            assert np.isfinite(solution.codebooks[b]).all()
+            table = solution.codebook[f"{'lut' if solution.kind == 'table' else 'affine'}{b}"]
+            assert np.isfinite(table).all()
             if solution.kind == "table":
-                assert solution.codebooks[b].min() >= weights.min()
-                assert solution.codebooks[b].max() <= weights.max()
+                assert table.min() >= weights.min()
+                assert table.max() <= weights.max()
 
 
 def test_a_matrix_without_rows_is_fine() -> None:
     assert solve(np.zeros((0, 8), np.float32), None, (2, 3)).codes.shape == (0, 8)
 
 
-def cells(weights: np.ndarray, sensitivity: np.ndarray | None, bits: tuple[int, ...], solver: str = "tree") -> Solution:
-    return solve(weights, sensitivity, bits, solver, codebook="cells")
-
-
-@pytest.mark.parametrize("solver", TABLE_SOLVERS)
-@pytest.mark.parametrize("bits", BITS, ids=str)
-def test_cells_leave_codes_and_tables_up_to_four_bits_alone(solver: str, bits: tuple[int, ...]) -> None:
-    weights, sensitivity = gaussian(3, 172)
-    solution = cells(weights, sensitivity, bits, solver)
-    assert (solution.kind, tuple(solution.codebooks)) == ("cells" if bits[-1] > 4 else "table", bits)
-    assert int(solution.codes.max()) < 2 ** bits[-1]
-    lower = tuple(b for b in bits if b <= 4)
-    solved = sorted({*lower, 4}) if bits[-1] > 4 else bits  # the cells of 5 bits and more are those of 4
-    plain = solve(weights, sensitivity, solved, solver)
-    for b in lower:
-        assert (solution.codes_at(b) == plain.codes_at(b)).all()
-        assert (solution.codebooks[b] == plain.codebooks[b]).all()
-    for b in set(bits) - set(lower):
-        assert solution.codebooks[b].shape == (3, 44)
-        assert solution.codebooks[b].dtype == np.uint8
-    errors = [error(weights, sensitivity, solution, b) for b in bits]
-    assert all(fine < coarse for coarse, fine in pairwise(errors))
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("columns", [384, 4096])
-def test_cells_lie_between_free_tables_and_an_even_grid(weighted: bool, columns: int) -> None:
-    """Bell-shaped rows: at 5 bits within 1.15 of free tables, and at 5 to 8 bits at most 0.85 of an even grid's error.
-
-    Measured: 1.02 to 1.09, and 0.60 to 0.74 (a row of 384 weights has nearly a table entry for each at 8 bits).
-    """
-    weights, sensitivity = gaussian(16, columns)
-    s = sensitivity if weighted else None
-    ours, free, even = cells(weights, s, ALL), solve(weights, s, ALL), solve(weights, s, ALL, "uniform")
-    assert error(weights, s, ours, 5) < 1.15 * error(weights, s, free, 5)
-    for b in (5, 6, 7, 8):
-        assert error(weights, s, ours, b) < 0.85 * error(weights, s, even, b)
-
-
-def test_cells_beside_an_outlier() -> None:
-    """One wide cell costs the others little: its own error grows, not theirs."""
-    weights, _ = gaussian(4, 2000)
-    plain = np.delete(weights, 7, axis=1)
-    weights[:, 7] = 30
-    solution = cells(weights, None, ALL)
-    rest = np.delete(weights.astype(np.float64) - solution.values_at(8), 7, axis=1)
-    assert (rest**2).sum() < 2 * error(plain, None, cells(plain, None, ALL), 8)
-    assert np.abs(solution.values_at(8)[:, 7] - 30).max() < 0.05
-
-
-@pytest.mark.parametrize("solver", TABLE_SOLVERS)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_three_float16_values_are_exact_with_cells(solver: str, weighted: bool) -> None:
-    rng = np.random.default_rng(1)
-    weights = rng.choice(np.array([-0.0421, 0, 0.0421], np.float16), (4, 300)).astype(np.float32)
-    sensitivity = rng.exponential(size=weights.shape).astype(np.float32) if weighted else None
-    for bits in (ALL, (5, 8), (8,)):
-        solution = cells(weights, sensitivity, bits, solver)
-        for b in bits:
-            assert (solution.values_at(b) == weights).all()
-
-
-@pytest.mark.parametrize(("columns", "bits"), [(1, ALL), (4, ALL), (9, (4, 5, 8)), (16, (5, 6, 7, 8)), (16, (8,))])
-def test_cells_of_one_value_are_exact_up_to_float16(columns: int, bits: tuple[int, ...]) -> None:
-    weights, sensitivity = gaussian(3, columns, seed=columns)
-    solution = cells(weights, sensitivity, bits)
-    for b in set(bits) - {2, 3, 4}:
-        np.testing.assert_allclose(solution.values_at(b), weights, rtol=2.0**-11)  # a rounding to F16
-
-
-@pytest.mark.parametrize("bits", [ALL, (5, 7), (8,)], ids=str)
-def test_cells_with_any_thread_count(bits: tuple[int, ...]) -> None:
-    weights, sensitivity = gaussian(21, 105)
-    first = solve(weights, sensitivity, bits, threads=1, codebook="cells")
-    for threads in (2, 3, 0):
-        other = solve(weights, sensitivity, bits, threads=threads, codebook="cells")
-        assert (other.codes == first.codes).all()
-        assert all((other.codebooks[b] == first.codebooks[b]).all() for b in bits)
-
-
-@given(st.lists(st.floats(-6e4, 6e4, width=32), min_size=1, max_size=60), st.data())
-def test_any_row_within_float16_is_solved_with_cells(values: list[float], data: st.DataObject) -> None:
-    weights = np.array([values], np.float32)
-    strengths = st.floats(0, 2.0**100, width=32)
-    sensitivity = np.array([data.draw(st.lists(strengths, min_size=len(values), max_size=len(values)))], np.float32)
-    bits = data.draw(st.sampled_from(BITS))
-    solution = cells(weights, sensitivity, bits)
-    assert int(solution.codes.max()) < 2 ** bits[-1]
-    reach = float(weights.max() - weights.min()) + 2.0**-10 * float(np.abs(weights).max())
-    for b in bits:
-        found = solution.values_at(b)
-        assert np.isfinite(found).all()
-        assert np.abs(found - weights).max() <= reach + 1e-7
-
-
 def test_an_unknown_codebook_is_refused() -> None:
-    with pytest.raises(SourceError, match="unknown codebook 'nf4': expected cells or table"):
+    with pytest.raises(SourceError, match="unknown codebook 'nf4': expected compact or table"):
         solve(GOOD, None, (3,), codebook="nf4")
 
 

@@ -75,7 +75,7 @@ void Program::add_experts(const std::string& label, ExpertsArguments arguments) 
   // One expert after another, all threads on its rows.
   const auto multiply_all = [=, this](const Weight& weight, float* from, std::size_t from_stride,
                                       std::size_t from_start, float* to, std::size_t to_stride,
-                                      const std::vector<float>& bias, QuantizedRoom& room, int bits, Share share) {
+                                      const std::vector<float>& bias, QuantizedRoom& room, int own, Share share) {
     const Range mine = part_of(weight.rows, share, 8);
     for (std::size_t e = 0; e < experts; ++e) {
       const std::size_t first = state->starts[e], count = state->starts[e + 1] - first;
@@ -84,12 +84,12 @@ void Program::add_experts(const std::string& label, ExpertsArguments arguments) 
       const QuantizedRows input = room.rows(first, count, weight.columns);
       const Output out{to + first * to_stride, to_stride, false,
                        bias.empty() ? nullptr : bias.data() + e * weight.rows};
-      multiply(weight, e, bits, mode_, isa_, x, input, mine, out, scratch(share));
+      multiply(weight, e, own, mode_, isa_, x, input, mine, out, scratch(share));
     }
   };
   node.phases.push_back([=, this, &gate_up](const Run& run, Share share) {
     multiply_all(gate_up, state->x.get(), width, 0, state->hidden.get(), 3 * inner, arguments.gate_up_bias,
-                 state->room_x, run.input.bits, share);
+                 state->room_x, run.own(arguments.gate_up), share);
   });
   node.phases.push_back([=, this](const Run& run, Share share) {
     const Range mine = part_of(run.tokens(selected) * top_k, share);
@@ -113,7 +113,7 @@ void Program::add_experts(const std::string& label, ExpertsArguments arguments) 
   });
   node.phases.push_back([=, this, &down](const Run& run, Share share) {
     multiply_all(down, state->hidden.get(), 3 * inner, 2 * inner, state->down.get(), down.rows, arguments.down_bias,
-                 state->room_hidden, run.input.bits, share);
+                 state->room_hidden, run.own(arguments.down), share);
   });
   node.phases.push_back([=, this, rows = down.rows](const Run& run, Share share) {
     const Columns out = at(run, arguments.out);

@@ -124,7 +124,7 @@ void Program::add_linear(const std::string& label, Place x, const std::vector<Pl
     share_rows(rows, share, [&](std::size_t i, Range range) {
       const Columns to = at(run, outs[i]);
       const Output out{to.data, to.stride, add, biases.empty() ? nullptr : data_or_null(biases[i])};
-      multiply(weight(weights[i]), 0, run.input.bits, mode_, isa_, at(run, x), input, range, out, scratch(share));
+      multiply(weight(weights[i]), 0, run.own(weights[i]), mode_, isa_, at(run, x), input, range, out, scratch(share));
     });
   });
 }
@@ -191,6 +191,10 @@ void Program::add_select(const std::string& label, Place out, Place x) {
 void Program::run(const StepInput& input) {
   const std::lock_guard<std::mutex> guard(steps_);
   if (pool_.forked()) throw StepError("the model was opened before this process was forked: open it again");
+  for (std::size_t i = 0; i < weights_.size(); ++i)
+    if (weights_[i]->quantized && (input.served[i] > 8 || !weights_[i]->tables[input.served[i]]))
+      throw std::invalid_argument(weights_[i]->name + " has no tables for " + std::to_string(input.served[i]) +
+                                  " bits");
   const Sequences& sequences = input.sequences;
   for (std::size_t s = 0; s < sequences.count; ++s)
     for (std::int32_t row = sequences.starts[s]; row < sequences.starts[s + 1]; ++row)

@@ -10,6 +10,7 @@ namespace everybit::engine {
 
 struct Program::Run {
   const StepInput& input;
+  int own(int weight) const { return input.served[weight]; }
   std::size_t tokens(bool selected) const { return selected ? input.rows_count : input.tokens_count; }
 };
 

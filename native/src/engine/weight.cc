@@ -1,11 +1,7 @@
 #include "everybit/engine/weight.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <cstring>
-#include <stdexcept>
-#include <string>
 
 #include "everybit/planes.h"
 #include "everybit/threads.h"
@@ -22,13 +18,16 @@ unsigned reversed(unsigned code, int bits) {
 
 int parts_of(Mode mode, int bits) { return mode == Mode::standard && bits >= 3 ? 2 : 1; }
 
-constexpr std::size_t kCellRecordBytes = 44;
+// The multiple of `unit` nearest to `value`, as an integer.
+long multiple(float value, float unit) { return unit > 0 ? std::lrint(value / unit) : 0; }
 
-// An IEEE half as float, exactly; finite ones only (the reader refused others).
-float half_to_float(std::uint16_t half) {
-  const std::uint32_t sign = (half & 0x8000u) << 16, exponent = (half >> 10) & 31u, fraction = half & 0x3ffu;
-  if (exponent == 0) return (sign ? -1.0f : 1.0f) * static_cast<float>(fraction) * 0x1p-24f;
-  return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (fraction << 13));
+// Whether the multiples that a row's values are of its unit span no more than one byte part can hold.
+bool fits_a_byte(const float* values, const float* units, std::size_t rows, std::size_t count, int base) {
+  for (std::size_t row = 0; row < rows; ++row) {
+    const auto [least, greatest] = std::minmax_element(values + row * count, values + (row + 1) * count);
+    if (multiple(*greatest, units[row]) - multiple(*least, units[row]) >= base) return false;
+  }
+  return true;
 }
 
 // What Kernels::make_table does, in plain C++.
@@ -51,15 +50,18 @@ constexpr std::size_t kExactBytes = std::size_t{24} << 10, kExactPromptBytes = s
 
 }  // namespace
 
-PreparedTables::PreparedTables(const float* values, std::size_t rows, int bits, Mode mode, const Kernels& kernels,
-                               int threads)
+PreparedTables::PreparedTables(const float* values, const float* units, std::size_t rows, int bits, Mode mode,
+                               const Kernels& kernels, int threads)
     : bits_(bits), parts_(parts_of(mode, bits)), kernels_(kernels) {
   const std::size_t count = std::size_t{1} << bits;
   if (mode == Mode::exact) {
     values_.assign(values, values + rows * count);
     return;
   }
-  const int base = kernels.base, parts = parts_;
+  const int base = kernels.base;
+  const bool whole = units && fits_a_byte(values, units, rows, count, base);
+  if (whole) parts_ = 1;
+  const int parts = parts_;
   const float most = static_cast<float>(parts == 2 ? base * base - 1 : base - 1);
   entries_.resize(rows * static_cast<std::size_t>(parts) * count);
   lines_.resize(2 * rows);
@@ -72,11 +74,14 @@ PreparedTables::PreparedTables(const float* values, std::size_t rows, int bits, 
       std::uint8_t* high = entries_.data() + row * static_cast<std::size_t>(parts) * count;
       std::uint8_t* low = high + (parts - 1) * count;
       const auto [least, greatest] = std::minmax_element(from, from + count);
-      const float offset = *least, scale = (*greatest - offset) / most;
+      const float offset = *least, scale = whole ? units[row] : (*greatest - offset) / most;
       const float inverse = scale > 0 ? 1.0f / scale : 0.0f;  // inf where scale is denormal: clamped below
+      const long first = whole ? multiple(offset, scale) : 0;
       for (std::size_t code = 0; code < count; ++code) {
         const float steps = std::min((from[code] - offset) * inverse, most);
-        const int entry = steps > 0 ? static_cast<int>(std::lrint(steps)) : 0;
+        const int entry = whole       ? static_cast<int>(multiple(from[code], scale) - first)
+                          : steps > 0 ? static_cast<int>(std::lrint(steps))
+                                      : 0;
         if (parts == 2) low[place[code]] = static_cast<std::uint8_t>(entry % base);
         high[place[code]] = static_cast<std::uint8_t>(parts == 2 ? entry / base : entry);
       }
@@ -90,22 +95,17 @@ PreparedTables::PreparedTables(const float* values, std::size_t rows, int bits, 
   });
 }
 
-PreparedTables::PreparedTables(const std::uint8_t* records, std::size_t rows, int bits, const Kernels& kernels)
+PreparedTables::PreparedTables(const float* centres, const std::uint8_t* ladders, const float* steps, std::size_t rows,
+                               int bits, const Kernels& kernels)
     : bits_(bits), parts_(2), kernels_(kernels), cells_(rows) {
   const int most_grid = cell_grid((1u << (bits - 4)) - 1, bits);  // all residual bits set: the largest
   for (std::size_t row = 0; row < rows; ++row) {
-    const std::uint8_t* record = records + row * kCellRecordBytes;
     Cells& cells = cells_[row];
-    std::memcpy(&cells.step, record + 40, 4);
+    cells.step = steps[row];
     float least = 0, greatest = 0;
     for (unsigned c = 0; c < 16; ++c) {
-      std::uint16_t half;
-      std::memcpy(&half, record + 2 * c, 2);
-      const float centre = half_to_float(half);
-      const int ladder = ((record[32 + c / 2] >> (4 * (c % 2))) & 15) + 1;
-      if (ladder > 8 || (half & 0x7c00u) == 0x7c00u)
-        throw std::invalid_argument("row " + std::to_string(row) + " has a " +
-                                    (ladder > 8 ? "nibble above 7" : "centre that is not finite"));
+      const float centre = centres[16 * row + c];
+      const int ladder = ladders[16 * row + c];
       const unsigned place = reversed(c, 4);
       cells.centre[place] = centre;
       cells.ladder[place] = static_cast<std::int8_t>(ladder);
@@ -113,9 +113,6 @@ PreparedTables::PreparedTables(const std::uint8_t* records, std::size_t rows, in
       least = c ? std::min(least, centre - reach) : centre - reach;
       greatest = c ? std::max(greatest, centre + reach) : centre + reach;
     }
-    if (!(cells.step >= 0) || !std::isfinite(least) || !std::isfinite(greatest))
-      throw std::invalid_argument("row " + std::to_string(row) + " has the step " + std::to_string(cells.step) +
-                                  ", which makes no finite values");
     cells.scale = (greatest - least) / static_cast<float>(kernels.base * kernels.base - 1);
     cells.offset = least;
   }
@@ -175,12 +172,11 @@ QuantizedRows QuantizedRoom::rows(std::size_t first, std::size_t tokens, std::si
           scales.data() + first * blocks * kGroups, sums.data() + first};
 }
 
-void multiply(const Weight& weight, std::size_t expert, int bits, Mode mode, const Isa& isa, Columns x,
+void multiply(const Weight& weight, std::size_t expert, int own, Mode mode, const Isa& isa, Columns x,
               const QuantizedRows& quantized, Range rows, const Output& out, void* scratch) {
   if (rows.begin >= rows.end) return;
   const std::size_t tokens = quantized.tokens;
   if (!weight.quantized) return isa.ops->dense(weight.plain_at(expert), x, tokens, rows, out, scratch);
-  const int own = weight.served[static_cast<std::size_t>(bits)];
   const PreparedTables& tables = *weight.tables[static_cast<std::size_t>(own)];
   const std::size_t first = expert * weight.rows;
   const Planes planes = weight.planes_at(first);

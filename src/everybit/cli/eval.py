@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 from pathlib import Path
 
+from everybit.cli.eval_tasks import load, score, table
 from everybit.cli.options import add_machine_options, parse_bits, positive_int
 from everybit.errors import SourceError
 
@@ -16,12 +18,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "eval",
         help="measure the quality of an overlay at every precision",
         description="Score a text with an overlay at every precision: perplexity, bits per byte and, with --reference, "
-        "the KL divergence from the float model (mean and 99th percentile, nats per token) and how often both rank the "
-        "same token first.",
+        "the KL divergence from the float model (mean with a 95 % interval, 99th percentile; nats per token) and how "
+        "often both rank the same token first. With --tasks, run the task suites of lm-eval as well, or instead.",
     )
     parser.add_argument("overlay", metavar="OVERLAY", help="a folder written by everybit quantize")
     parser.add_argument(
-        "--text", required=True, metavar="FILE", help="UTF-8 text; lines of <|endoftext|> separate documents"
+        "--text", metavar="FILE", help="UTF-8 text; lines of <|endoftext|> separate documents (or give --tasks)"
     )
     parser.add_argument("--bits", default="all", help="precisions: all, 3, 2-8 or 2,4,8 (default: all)")
     parser.add_argument("--reference", metavar="MODEL", help="the float model that was quantized, for KL and top-1")
@@ -36,6 +38,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--plot", metavar="FILE", help="draw quality against bits per weight, as .png or .svg")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    tasks = parser.add_argument_group("tasks", 'these need lm-eval: pip install "everybit[tasks]"')
+    tasks.add_argument("--tasks", metavar="NAMES", help="tasks of lm-eval, such as piqa,arc_easy")
+    tasks.add_argument("--tasks-data", metavar="DIR", help="take each task from DIR/NAME.jsonl; nothing is downloaded")
+    tasks.add_argument("--limit", type=positive_int, metavar="N", help="samples of each task (default: all)")
     add_machine_options(
         parser,
         "exact",
@@ -50,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     from everybit.tokenizer import Tokenizer
 
     parse_bits(args.bits)  # everything that can be refused is refused before a text is scored
-    documents = evaluate.read_documents(args.text)
+    _refuse_what_has_no_effect(args)
+    documents = evaluate.read_documents(args.text) if args.text else []
+    tasks = load(args.tasks, args.tasks_data) if args.tasks else None
     if args.plot:
         evaluate.check_plot(args.plot)
     reference_folder = _find_reference(args.reference) if args.reference else None
@@ -59,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         context = evaluate.context_length(overlay.config, args.context)
         sizes = overlay.sizes()
 
+    report, scores = None, None
     with contextlib.ExitStack() as opened:
         opened.enter_context(contextlib.redirect_stdout(sys.stderr))  # stdout carries the report alone
         how = {"threads": args.threads, "mode": args.mode}
@@ -75,24 +84,42 @@ def run(args: argparse.Namespace) -> int:
             )
         threads = model.runtime.threads
         print(f"everybit: {model.runtime.isa}, {threads} thread{'s' if threads > 1 else ''}, {args.mode} mode")
-        windows = evaluate.windows(
-            Tokenizer.open(args.overlay), documents, context, truncate=args.truncate, max_tokens=args.max_tokens
-        )
-        report = evaluate.evaluate(
-            model,
-            bits,
-            windows,
-            reference,
-            set_precision=model.set_precision,
-            size=sizes.rows.__getitem__,
-            reference_size=sizes.original,
-            threads=threads,
-        )
-    print(report.json() if args.json else report.table())
-    if args.plot:
+        tokenizer = Tokenizer.open(args.overlay)
+        if documents:
+            report = evaluate.evaluate(
+                model,
+                bits,
+                evaluate.windows(tokenizer, documents, context, truncate=args.truncate, max_tokens=args.max_tokens),
+                reference,
+                set_precision=model.set_precision,
+                size=sizes.rows.__getitem__,
+                reference_size=sizes.original,
+                threads=threads,
+            )
+        if tasks:
+            scores = score(tasks, tokenizer, model.runtime, bits, reference.runtime if reference else None, args.limit)
+    if args.json:
+        print(json.dumps({**(report.document() if report else {}), **({"tasks": scores} if scores else {})}))
+    else:
+        print("\n\n".join([*([report.table()] if report else []), *([table(scores)] if scores else [])]))
+    if args.plot and report:
         evaluate.plot(report, args.plot)
         print(f"everybit: wrote {args.plot}", file=sys.stderr)
     return 0
+
+
+def _refuse_what_has_no_effect(args: argparse.Namespace) -> None:
+    if not args.text and not args.tasks:
+        raise SourceError("nothing to score: give --text FILE, --tasks NAMES or both (see everybit eval --help)")
+    for option, given, needs in (
+        ("--plot", args.plot and not args.text, "--text"),
+        ("--max-tokens", args.max_tokens and not args.text, "--text"),
+        ("--truncate", args.truncate and not args.text, "--text"),
+        ("--tasks-data", args.tasks_data and not args.tasks, "--tasks"),
+        ("--limit", args.limit and not args.tasks, "--tasks"),
+    ):
+        if given:
+            raise SourceError(f"{option} has no effect without {needs}: give {needs} as well, or drop it")
 
 
 def _find_reference(name: str) -> Path:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from everybit.cli.options import add_machine_options, parse_bits, processors
+from everybit.cli.options import add_machine_options, parse_bits, plan_file, processors
 from everybit.errors import PrecisionError, RequestError, SourceError
 
 _SAMPLED = ("top_k", "top_p", "min_p", "seed")  # without effect where the likeliest token is taken
@@ -19,7 +19,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("overlay", metavar="MODEL", help="folder made by everybit quantize, or a float model folder")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--bits", help="precision (default: the highest it has)")
+    parser.add_argument(
+        "--bits", metavar="N|PLAN.json", help="precision, or a plan of everybit allocate (default: the highest it has)"
+    )
     parser.add_argument("--max-tokens", type=int, default=100, metavar="N", help="new tokens at most (default 100)")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of streaming text")
 
@@ -57,11 +59,13 @@ def run(args: argparse.Namespace) -> int:
         raise SourceError(f"--max-tokens {args.max_tokens}: expected 1 or more")
     if not args.prompt.isascii() and not args.prompt.encode(errors="replace").decode() == args.prompt:
         raise SourceError("--prompt is not valid text in this locale: expected UTF-8")
-    bits = parse_bits(args.bits) if args.bits is not None else None
+    plan_path = plan_file(args.bits) if args.bits is not None else None
+    bits = parse_bits(args.bits) if args.bits is not None and plan_path is None else None
     if bits is not None and len(bits) != 1:
         raise PrecisionError(f"--bits {args.bits}: expected one precision")
 
     from everybit.engine.generate import generate
+    from everybit.engine.plan import Plan, Precision
     from everybit.engine.runtime import Runtime
     from everybit.engine.sampling import Sampling
     from everybit.tokenizer import Tokenizer
@@ -87,10 +91,12 @@ def run(args: argparse.Namespace) -> int:
     with runtime:
         tokenizer = Tokenizer.open(args.overlay)
         prompt = tokenizer.encode(args.prompt)
-        generation = generate(
-            runtime, prompt, sampling, args.max_tokens, bits[0] if bits else None, stop_ids=tokenizer.eos_ids
-        )
-        weights = f"{generation.bits} bits" if generation.bits else "float weights"
+        precision: Precision | None = bits[0] if bits else None
+        if plan_path is not None:
+            precision = Plan.open(plan_path, runtime.checkpoint.overlay)
+        generation = generate(runtime, prompt, sampling, args.max_tokens, precision, stop_ids=tokenizer.eos_ids)
+        plan = generation.bits if isinstance(generation.bits, Plan) else None
+        weights = str(plan) if plan else f"{generation.bits} bits" if generation.bits else "float weights"
         threads = f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}"
 
         pieces: list[str] = []
@@ -119,7 +125,9 @@ def run(args: argparse.Namespace) -> int:
             "prompt": args.prompt,
             "text": "".join(pieces),
             "reason": generation.reason,
-            "bits": generation.bits or None,
+            "bits": None if plan else generation.bits or None,
+            "plan": str(plan_path) if plan else None,
+            "bpw": plan.bpw if plan else None,
             "prompt_tokens": len(prompt),
             "new_tokens": len(generation.tokens),
             "mode": args.mode,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from everybit.errors import PrecisionError
 
@@ -32,6 +33,11 @@ def parse_bits(text: str, available: Sequence[int] | None = None) -> tuple[int, 
         absent = format_bits(found - set(available))
         raise PrecisionError(f"{absent} bits are not in the overlay; expected a choice from {format_bits(available)}")
     return tuple(sorted(found))
+
+
+def plan_file(text: str) -> Path | None:
+    """The plan file that the value of a --bits option names; None where it names precisions."""
+    return Path(text).expanduser() if text.endswith(".json") or "/" in text else None
 
 
 def format_bits(bits: Iterable[int]) -> str:

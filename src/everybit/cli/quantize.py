@@ -44,13 +44,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--calibration-length", type=int, metavar="TOKENS", help="of each (default 512)")
     parser.add_argument(
         "--codebook",
-        choices=("cells", "table"),
-        help="above 4 bits: 44 bytes a row (cells, the default) or 2^bits free numbers (table)",
+        choices=("compact", "table"),
+        help="58 bytes a row for 2 to 8 bits together (compact, the default) or 2^bits free numbers for each (table)",
     )
     parser.add_argument(
         "--table-dtype",
         choices=("float16", "float32"),
-        help="of stored tables (default float16; uniform has none, the centres of cells are float16 always)",
+        help="of the tables of --codebook table (default float16)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="0 (default): all cores")

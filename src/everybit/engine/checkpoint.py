@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from everybit.engine.plan import Plan, Precision, own_bits
 from everybit.errors import FormatError
 from everybit.formats import QUANT_METHOD, Overlay, TensorSpec, WeightSpec
 from everybit.formats.files import read_inside
@@ -18,7 +19,7 @@ from everybit.formats.inventory import find_shards
 from everybit.formats.jsontext import parse_object
 from everybit.formats.recognize import refuse_pickle, require_config, require_folder
 from everybit.formats.shard import Shard
-from everybit.formats.tensors import show
+from everybit.formats.tensors import from_bf16, show
 from everybit.formats.weights import require_bits
 from everybit.kernels import dequantize
 
@@ -114,8 +115,8 @@ class Checkpoint:
         Raises: FormatError, ChecksumError
         """
         view, dtype = self.raw(name)
-        if dtype == "BF16":  # the upper half of a float32
-            return (view.astype(np.uint32) << 16).view(np.float32)
+        if dtype == "BF16":
+            return from_bf16(view)
         if dtype not in ("F16", "F32", "F64"):
             raise FormatError(
                 f"{self.folder}: parameter {show(name)} is stored as {dtype}, expected F32, F16 or BF16: "
@@ -123,8 +124,8 @@ class Checkpoint:
             )
         return np.asarray(view, dtype=np.float32)
 
-    def dense(self, name: str, bits: int) -> F32:
-        """A parameter as float32 in its stored orientation; `bits` is what the model is served at.
+    def dense(self, name: str, bits: Precision) -> F32:
+        """A parameter as float32 in its stored orientation; `bits` is what the model is served at, a number or a plan.
 
         A quantized weight without that precision is read at its `served_bits`; plain ones are what they are.
         Shapes: [N, K] or [E, N, K] where quantized
@@ -133,8 +134,9 @@ class Checkpoint:
         spec = self._weights.get(name)
         if spec is None or self.overlay is None:
             return self.plain(name)
-        require_bits(bits, self.bits, "the overlay")
-        own = spec.served_bits(bits)
+        if not isinstance(bits, Plan):
+            require_bits(bits, self.bits, "the overlay")
+        own = own_bits(spec, bits)
         values = dequantize(self.overlay.planes(name, own), self.overlay.table(name, own), spec.columns)
         return values.reshape(spec.shape)
 

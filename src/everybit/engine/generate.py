@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal
 
+from everybit.engine.plan import Plan, Precision
 from everybit.engine.runtime import Runtime
 from everybit.engine.sampling import Sampler, Sampling
 from everybit.errors import ContextError, ModelError, PrecisionError, RequestError
@@ -33,7 +34,7 @@ class Generation(Iterator[int]):
         prompt: Sequence[int],
         sampler: Sampler,
         max_tokens: int,
-        bits: int,
+        bits: Precision,
         stop_ids: Collection[int],
         clock: Callable[[], float],
     ) -> None:
@@ -85,13 +86,13 @@ def generate(
     prompt: Sequence[int],
     sampling: Sampling,
     max_tokens: int,
-    bits: int | None = None,
+    bits: Precision | None = None,
     stop_ids: Collection[int] = (),
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generation:
     """Continue `prompt` in sequence 0 of the runtime, which is emptied first.
 
-    `bits` None is the highest precision of an overlay, and the only choice where the weights are float.
+    `bits` is a precision or a plan; None is the highest of an overlay, and the only choice where the weights are float.
 
     Raises: PrecisionError, ContextError, RequestError, FormatError, ChecksumError; while iterating also ModelError
     """
@@ -107,19 +108,21 @@ def generate(
     return Generation(runtime, prompt, Sampler(sampling, prompt), max_tokens, bits, stop_ids, clock)
 
 
-def choose_bits(runtime: Runtime, bits: int | None) -> int:
-    """The precision to run at: `bits`, or the highest there is; 0 for float weights.
+def choose_bits(runtime: Runtime, bits: Precision | None) -> Precision:
+    """The precision to run at: `bits` (a number or a plan), or the highest there is; 0 for float weights.
 
-    Raises: PrecisionError
+    Raises: PrecisionError; a plan is compared with the overlay when it is first used
     """
     if not runtime.bits:
         if bits:
+            asked = "a plan" if isinstance(bits, Plan) else f"{bits} bits"
             raise PrecisionError(
-                f"{bits} bits were asked of {runtime.checkpoint.folder}, a float model with one precision: "
+                f"{asked} were asked of {runtime.checkpoint.folder}, a float model with one precision: "
                 "leave bits out, or run everybit quantize on it first"
             )
         return 0
     if bits is None:
         return max(runtime.bits)
-    require_bits(bits, runtime.bits, "the overlay")
+    if not isinstance(bits, Plan):
+        require_bits(bits, runtime.bits, "the overlay")
     return bits

@@ -13,18 +13,19 @@ from everybit import _native
 from everybit.engine import ops
 from everybit.engine.checkpoint import Checkpoint
 from everybit.engine.ops import Columns
+from everybit.engine.plan import Plan, Precision, own_bits, require_precision
 from everybit.engine.program import Program, Step
 from everybit.errors import FormatError, ModelError
 from everybit.formats import Overlay
-from everybit.formats.codebooks import Cells
-from everybit.formats.weights import require_bits
 
 F32 = NDArray[np.float32]
+Served = NDArray[np.uint8]
 PLAIN = {"F32": 4, "F16": 2, "BF16": 2}
-# A table of cells is made for a few rows at a time, not kept, where it would outweigh the 96 bytes a row that it is
-# made of and the row is long enough to hide the making.
+# A table of even grids is made for a few rows at a time, not kept, where it would outweigh the 92 bytes a row that it
+# is made of and the row is long enough to hide the making.
 MADE_BITS, MADE_COLUMNS = 7, 1024
 BLOCK_TOKENS: int = _native.BLOCK_TOKENS
+MOST_SERVED = 64  # numbers and plans remembered: measuring tries hundreds, and looking one up again costs little
 
 
 class Native:
@@ -33,7 +34,8 @@ class Native:
     `mode` is exact, default or fast (docs/design/0002); `isa` an instruction set or "" for the best; `pin` processors
     for the threads. `kv_blocks` blocks of BLOCK_TOKENS tokens are reserved, and take memory when first written.
 
-    Cost: planes stay in the mapped file; tables of a precision are built when `prepare` or `run` first sees it.
+    Cost: planes stay in the mapped file; tables of a precision are built when `prepare` or `run` first sees it, and
+    shared: a weight has one set for each of its own precisions, however many plans there are.
     Raises: ModelError (a weight of a dtype it cannot multiply), FormatError, ChecksumError
     """
 
@@ -71,7 +73,8 @@ class Native:
         )
         self.isa: str = self._native.isa
         self._weights: dict[str, int] = {}
-        self._prepared: set[int] = set()  # precisions of the model
+        self._prepared: set[tuple[str, int]] = set()  # weights, each with a precision of its own
+        self._served: dict[Precision, Served] = {}
         self._buffers = {name: self._native.add_buffer(width) for name, width in program.buffers.items()}
         for index, op in enumerate(program.ops):
             self._add(op, f"op {index}")
@@ -87,54 +90,62 @@ class Native:
         """Bytes of the tables built so far."""
         return int(self._native.table_bytes)
 
-    def prepare(self, bits: int) -> None:
-        """Verify the planes and build the tables that `bits` needs; nothing if they are there.
+    def prepare(self, bits: Precision) -> Served:
+        """Verify the planes and build the tables that `bits`, a number or a plan, needs; nothing if they are there.
 
+        Shapes: -> u8[weights], which of its own precisions each is read at; 0 for plain ones
         Raises: PrecisionError, FormatError, ChecksumError
         """
         overlay = self.checkpoint.overlay
-        if overlay is None or bits in self._prepared:
-            return
-        require_bits(bits, self.checkpoint.bits, "the overlay")
+        if overlay is None:
+            bits = 0
+        elif type(bits) is not int and not isinstance(bits, Plan):
+            require_precision(bits, overlay)  # before it is hashed: 4.0 == 4, and a list has no hash
+        if (known := self._served.get(bits)) is not None:
+            return known
+        served = np.zeros(len(self._weights), np.uint8)
+        if overlay is not None:
+            require_precision(bits, overlay)
+            for name, weight in self._weights.items():
+                if spec := self.checkpoint.quantized(name):
+                    served[weight] = own_bits(spec, bits)
+            self._prepare_tables(overlay, [(name, int(served[weight])) for name, weight in self._weights.items()])
+        if len(self._served) >= MOST_SERVED:
+            del self._served[next(iter(self._served))]
+        self._served[bits] = served
+        return served
 
-        def verify(name: str) -> None:  # hashing leaves the interpreter lock, so threads share it
-            overlay.planes(name, overlay.weights[name].served_bits(bits))
-
-        quantized = [name for name in self._weights if self.checkpoint.quantized(name)]
-        with ThreadPoolExecutor(self._threads) as pool:
-            list(pool.map(verify, quantized))
-        for name in quantized:
-            own = overlay.weights[name].served_bits(bits)
-            if not self._native.has_tables(self._weights[name], own):  # another precision may share them
-                self._prepare_weight(overlay, name, own)
-        self._prepared.add(bits)
+    def _prepare_tables(self, overlay: Overlay, wanted: list[tuple[str, int]]) -> None:
+        """Verify planes and hand over codebooks of weights at precisions of their own, where that was not done."""
+        new = [(name, own) for name, own in wanted if own and (name, own) not in self._prepared]
+        with ThreadPoolExecutor(self._threads) as pool:  # hashing leaves the interpreter lock, so threads share it
+            list(pool.map(lambda one: overlay.planes(*one), new))
+        for name, own in new:
+            self._prepare_weight(overlay, name, own)
+            self._prepared.add((name, own))
 
     def _prepare_weight(self, overlay: Overlay, name: str, own: int) -> None:
         """Hand over the codebook of one weight at one of its own precisions."""
         spec, weight = overlay.weights[name], self._weights[name]
-        made = spec.codebook == Cells.kind and own >= MADE_BITS and spec.columns >= MADE_COLUMNS
-        if self._mode == "exact" or not made:
-            self._native.prepare(weight, own, overlay.table(name, own), self._threads)
-            return
-        tensor = spec.codebook_name(own)
-        try:
-            self._native.prepare_cells(weight, own, overlay.tensor(tensor).reshape(spec.rows, -1))
-        except ValueError as error:
-            raise FormatError(
-                f"{overlay.folder}: tensor {tensor}: {error}: quantize again, or download it again"
-            ) from None
+        if self._mode != "exact" and own >= MADE_BITS and spec.columns >= MADE_COLUMNS:
+            grid = overlay.grid(name, own)
+            if grid is not None:
+                self._native.prepare_cells(weight, own, grid.centres, grid.ladders, grid.steps)
+                return
+        self._native.prepare(weight, own, overlay.table(name, own), overlay.unit(name, own), self._threads)
 
-    def run(self, step: Step, bits: int = 0) -> F32:
-        """One forward pass; `bits` is not looked at where the weights are float.
+    def run(self, step: Step, bits: Precision = 0) -> F32:
+        """One forward pass at `bits`, a number or a plan; not looked at where the weights are float.
 
         Shapes: -> logits f32[R, V]
         Needs:   a step that `Runtime` made, or one as careful: token ids, blocks and rows are not checked again
-        Raises:  PrecisionError, FormatError (a weight file that was cut short), ModelError (debug: not finite)
+        Raises:  PrecisionError, FormatError (a weight file cut short, a plan for another overlay), ModelError
+                 (debug: not finite)
         """
-        self.prepare(bits)
+        served = self.prepare(bits)
         logits = np.empty((len(step.rows), self.program.vocabulary), np.float32)
         try:
-            self._native.run(step.tokens, step.starts, step.past, step.blocks, step.rows, bits, logits)
+            self._native.run(step.tokens, step.starts, step.past, step.blocks, step.rows, served, logits)
         except _native.StepError as error:
             raise (FormatError if "cut short" in str(error) else ModelError)(
                 f"{self.checkpoint.folder}: {error}"
@@ -153,8 +164,7 @@ class Native:
             overlay = self.checkpoint.overlay
             planes = [overlay.mapped(spec.plane_name(k)).reshape(spec.rows, -1) for k in range(spec.planes)]
             experts = spec.shape[0] if len(spec.shape) == 3 else 1
-            served = [spec.served_bits(b) if b in overlay.bits else 0 for b in range(9)]
-            found = self._native.add_planes(name, planes, experts, spec.columns, served)
+            found = self._native.add_planes(name, planes, experts, spec.columns)
         else:
             view, dtype = self.checkpoint.raw(name)
             if dtype not in PLAIN:

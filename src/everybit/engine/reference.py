@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from everybit.engine import ops
 from everybit.engine.checkpoint import Checkpoint
 from everybit.engine.ops import Columns
+from everybit.engine.plan import Precision, own_bits, require_precision
 from everybit.engine.program import Program, Step
 from everybit.errors import ShapeError
-from everybit.formats.weights import require_bits
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -40,25 +40,26 @@ class Reference:
         shape = (program.layers, 2, 0, block_size, program.kv_heads * program.head_dim)
         self._cache: F32 = np.zeros(shape, np.float32)  # [L, key or value, block, token, Hkv*D]
 
-    def run(self, step: Step, bits: int = 0) -> F32:
-        """One forward pass at `bits` (not looked at where the weights are float).
+    def run(self, step: Step, bits: Precision = 0) -> F32:
+        """One forward pass at `bits`, a number or a plan (not looked at where the weights are float).
 
         Shapes: -> logits f32[R, V]
         Mutates: the KV cache
-        Raises: PrecisionError, ShapeError (a step that contradicts itself or the cache)
+        Raises: PrecisionError, FormatError (a plan for another overlay), ShapeError (a step that contradicts itself or
+                the cache)
         """
-        if self.checkpoint.bits:
-            require_bits(bits, self.checkpoint.bits, "the overlay")
+        if self.checkpoint.overlay:
+            require_precision(bits, self.checkpoint.overlay)
         self._check(step)
         state = _Pass(self, step, bits)
         for op in self.program.ops:
             state.execute(op)
         return state.buffers["logits"]
 
-    def weight(self, name: str, bits: int, transposed: bool = False) -> F32:
+    def weight(self, name: str, bits: Precision, transposed: bool = False) -> F32:
         """A parameter output-first: quantized ones are stored so, plain ones are turned if `transposed`."""
         spec = self.checkpoint.quantized(name)
-        key = (name, spec.served_bits(bits) if spec else 0)
+        key = (name, own_bits(spec, bits) if spec else 0)
         if key not in self._dense:
             dense = self.checkpoint.dense(name, bits)
             self._dense[key] = dense if spec or not transposed else dense.swapaxes(-1, -2)
@@ -108,7 +109,7 @@ class Reference:
 class _Pass:
     """One step in progress: its buffers, and one method for each op."""
 
-    def __init__(self, owner: Reference, step: Step, bits: int) -> None:
+    def __init__(self, owner: Reference, step: Step, bits: Precision) -> None:
         self.owner = owner
         self.step = step
         self.bits = bits

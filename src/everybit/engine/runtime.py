@@ -3,6 +3,7 @@
     runtime = Runtime.open("overlay", threads=2)
     logits = runtime.prefill(0, tokens, bits=4)      # f32[V], of the last token
     logits = runtime.decode([next_token], bits=3)    # f32[1, V]
+    logits = runtime.decode([next_token], bits=plan)  # a precision of its own for each weight: everybit.engine.plan
 
 The scheduler of the server (issue 5) brings its own block tables and uses `Native` directly; here every sequence owns a
 fixed run of blocks.
@@ -21,9 +22,9 @@ from everybit import _native
 from everybit.engine.checkpoint import Checkpoint
 from everybit.engine.models import build
 from everybit.engine.native import BLOCK_TOKENS, Native, make_step
+from everybit.engine.plan import Plan, Precision
 from everybit.errors import ContextError, ModelError, PrecisionError
 from everybit.formats.tensors import show
-from everybit.formats.weights import require_bits
 
 F32 = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -125,12 +126,13 @@ class Runtime:
             raise
         return cls(checkpoint, native, context, sequences, threads)
 
-    def prefill(self, sequence: int, tokens: Sequence[int], bits: int = 0) -> F32:
-        """Append tokens to a sequence.
+    def prefill(self, sequence: int, tokens: Sequence[int], bits: Precision = 0) -> F32:
+        """Append tokens to a sequence. `bits`: a precision of the overlay or a plan for it; 0 where weights are float.
 
         Shapes:  -> logits f32[V] of the last of them
         Mutates: the sequence's cache and length
-        Raises:  ContextError, PrecisionError, ModelError (token ids outside the vocabulary, no tokens)
+        Raises:  ContextError, PrecisionError, FormatError (a plan for another overlay), ModelError (token ids
+                 outside the vocabulary, no tokens)
         """
         ids = self._check_tokens(tokens)
         self._check_room(sequence, len(ids))
@@ -141,7 +143,7 @@ class Runtime:
         last: F32 = logits[0]
         return last
 
-    def score(self, sequence: int, tokens: Sequence[int], bits: int = 0) -> Iterator[F32]:
+    def score(self, sequence: int, tokens: Sequence[int], bits: Precision = 0) -> Iterator[F32]:
         """As prefill, but the logits of every token, in pieces f32[n, V] that together cover `tokens`.
 
         Each piece is computed when it is asked for; what is appended to the sequence meanwhile comes before it.
@@ -150,7 +152,7 @@ class Runtime:
         self._check_room(sequence, len(ids))
         return (self._run([(part, sequence)], range(len(part)), bits) for part in self._parts(ids))
 
-    def decode(self, tokens: Sequence[int], bits: int = 0) -> F32:
+    def decode(self, tokens: Sequence[int], bits: Precision = 0) -> F32:
         """Append one token to each of the first len(tokens) sequences.
 
         Shapes: -> logits f32[len(tokens), V]
@@ -190,11 +192,10 @@ class Runtime:
         most = self.native.most_tokens
         return [ids[start : start + most] for start in range(0, len(ids), most)]
 
-    def _run(self, parts: Sequence[tuple[Ints, int]], rows: Sequence[int], bits: int) -> F32:
-        if self.bits:
-            require_bits(bits, self.bits, "the overlay")
-        elif bits:
-            raise PrecisionError(f"{bits} bits were asked of float weights, expected 0: quantize the model first")
+    def _run(self, parts: Sequence[tuple[Ints, int]], rows: Sequence[int], bits: Precision) -> F32:
+        if not self.bits and bits:
+            asked = bits if isinstance(bits, Plan) else f"{bits} bits"
+            raise PrecisionError(f"{asked} were asked of float weights, expected 0: quantize the model first")
         for ids, s in parts:  # again: pieces of a score may come late
             self._check_room(s, len(ids))
         step = make_step([(ids, self.lengths[s], self._blocks(s, len(ids))) for ids, s in parts], rows)

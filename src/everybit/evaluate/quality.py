@@ -7,7 +7,7 @@ logits are held for one chunk only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from everybit.errors import PrecisionError, ShapeError, SourceError
+from everybit.evaluate.intervals import Sums, blocks
 from everybit.evaluate.report import FloatQuality, Report, Row
 from everybit.evaluate.text import Windows
 from everybit.formats.sizes import Size
@@ -49,11 +50,15 @@ class CausalModel(Protocol):
 
 @dataclass
 class _Tally:
-    """Running sums of one model over the text; per-token KL is kept whole (4 bytes a token), so that p99 is exact."""
+    """One model over the text, token by token in order: p99 is exact, and any block of text can be summed."""
 
-    nll: float = 0.0  # nats
+    losses: list[F64] = field(default_factory=list)  # negative log-likelihoods, nats
     agreed: int = 0
     kl: list[F32] = field(default_factory=list)
+
+    @property
+    def nll(self) -> float:
+        return math.fsum(float(piece.sum()) for piece in self.losses)
 
 
 def evaluate(
@@ -71,13 +76,13 @@ def evaluate(
     """Score `windows` at each of `precisions`, and against `reference` (the float model) when there is one.
 
     Perplexity is over all scored tokens; bits per byte divides by their text. KL is of the float model's distribution
-    to the quantized one's, per scored token in nats, from float64 log-softmax; p99 interpolates linearly. `threads` are
-    those of this arithmetic; the models have their own.
+    to the quantized one's, per scored token in nats, from float64 log-softmax; p99 interpolates linearly. Intervals are
+    those of `intervals` (none without a reference). `threads` are those of this arithmetic; the models have their own.
 
     Needs:   precisions not empty; reference and model with the same vocabulary
     Cost:    one pass of the text per precision and one of the reference. Beyond the models: the reference's logits of
-             a chunk, at most 256 MB or one window, whichever is more; one piece of logits; some 10 MB a thread; 4 bytes
-             per token and precision
+             a chunk, at most 256 MB or one window, whichever is more; one piece of logits; some 10 MB a thread; 12
+             bytes per token and precision
     Mutates: the precision of `model`, which is left at the last one. Progress goes to stderr where that is a terminal
     Raises:  PrecisionError, ShapeError (vocabularies differ), SourceError (token ids beyond the vocabulary)
     """
@@ -113,6 +118,7 @@ def evaluate(
                     bar.update(len(logits))
 
     tokens, text_bytes = windows.tokens, windows.text_bytes
+    sums = _sums(windows, tallies, reference_tally if reference is not None else None)
     rows = []
     for bits, tally in tallies.items():
         cost = size(bits) if size else None
@@ -129,6 +135,9 @@ def evaluate(
                 kl_mean=None if kl is None else float(kl.mean(dtype=np.float64)),
                 kl_p99=p99,
                 top1=None if kl is None else tally.agreed / tokens,
+                kl_interval=sums.kl_interval(bits),
+                ppl_ratio=None if kl is None else _perplexity(tally.nll - reference_tally.nll, tokens),
+                ppl_ratio_interval=sums.ratio_interval(bits),
             )
         )
     quality = None
@@ -139,7 +148,23 @@ def evaluate(
             bpw=reference_size.bpw if reference_size else None,
             bytes=reference_size.bytes if reference_size else None,
         )
-    return Report(quality, rows, tokens, text_bytes)
+    return Report(quality, rows, tokens, text_bytes, sums)
+
+
+def _sums(windows: Windows, tallies: Mapping[int, _Tally], reference: _Tally | None) -> Sums:
+    """The blocks of the text, summed for every model."""
+    found = blocks([len(window) - 1 for window in windows.ids], windows.documents)
+
+    def losses(tally: _Tally) -> F64:
+        return found.sums(np.concatenate(tally.losses))
+
+    return Sums(
+        of=found.of,
+        tokens=found.sizes,
+        reference=None if reference is None else losses(reference),
+        nll={bits: losses(tally) for bits, tally in tallies.items()},
+        kl={} if reference is None else {bits: found.sums(np.concatenate(t.kl)) for bits, t in tallies.items()},
+    )
 
 
 def _chunks(ids: Sequence[Sequence[int]], vocabulary: int) -> Iterator[Chunk]:
@@ -178,23 +203,23 @@ def _score(
     """Add a piece to `tally`, in slices of rows so that float64 work space stays small."""
     step = max(1, SLICE_BYTES // (logits.shape[-1] * 8))
 
-    def one(start: int) -> tuple[float, F32 | None, int]:
+    def one(start: int) -> tuple[F64, F32 | None, int]:
         part = slice(start, start + step)
         return _score_slice(targets[part], logits[part], None if floats is None else floats[part])
 
-    for nll, kl, agreed in pool.map(one, range(0, len(logits), step)):
-        tally.nll += nll
+    for losses, kl, agreed in pool.map(one, range(0, len(logits), step)):
+        tally.losses.append(losses)
         if kl is not None:
             tally.kl.append(kl)
             tally.agreed += agreed
 
 
-def _score_slice(targets: NDArray[np.int64], logits: F32, floats: F32 | None) -> tuple[float, F32 | None, int]:
-    """Negative log-likelihood, KL per token, and how often both rank the same token first."""
+def _score_slice(targets: NDArray[np.int64], logits: F32, floats: F32 | None) -> tuple[F64, F32 | None, int]:
+    """Negative log-likelihood and KL per token, and how often both rank the same token first."""
     log_q = _log_softmax(logits)
-    nll = -float(log_q[np.arange(len(targets)), targets].sum())
+    losses = -log_q[np.arange(len(targets)), targets]
     if floats is None:
-        return nll, None, 0
+        return losses, None, 0
     log_p = _log_softmax(floats)
     p = np.exp(log_p)
     with np.errstate(invalid="ignore"):
@@ -203,7 +228,7 @@ def _score_slice(targets: NDArray[np.int64], logits: F32, floats: F32 | None) ->
     terms[p == 0] = 0.0  # 0 log 0 = 0, also where both are -inf
     # Mathematically never negative; float64 rounding may leave -1e-16.
     kl = np.maximum(terms.sum(axis=-1), 0.0).astype(np.float32)
-    return nll, kl, int((floats.argmax(axis=-1) == logits.argmax(axis=-1)).sum())
+    return losses, kl, int((floats.argmax(axis=-1) == logits.argmax(axis=-1)).sum())
 
 
 def _log_softmax(logits: F32) -> F64:
@@ -215,6 +240,7 @@ def _log_softmax(logits: F32) -> F64:
 
 
 def _perplexity(nll: float, tokens: int) -> float:
+    """Also of a difference of two, which is the perplexities' ratio."""
     try:
         return math.exp(nll / tokens)
     except OverflowError:

@@ -21,10 +21,14 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows of at least two tokens; all but the first token of each are scored."""
+    """Token windows of at least two tokens; all but the first token of each are scored.
+
+    `documents` numbers the document that each window is of, ascending; empty where that is not known.
+    """
 
     ids: list[list[int]]
     text_bytes: int  # UTF-8 bytes of the scored tokens, decoded
+    documents: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -70,9 +74,10 @@ def windows(
     if max_tokens is not None and max_tokens < 1:
         raise SourceError(f"at most {max_tokens} scored tokens leaves nothing to score; expected 1 or more")
     kept: list[list[int]] = []
+    numbers: list[int] = []
     text_bytes = 0
     room = max_tokens
-    for document in documents:
+    for number, document in enumerate(documents):
         ids = tokenizer.encode(document)
         for start in range(0, min(len(ids), context) if truncate else len(ids), context):
             window = ids[start : start + context]
@@ -81,12 +86,13 @@ def windows(
                 room -= max(len(window) - 1, 0)
             if len(window) > 1:
                 kept.append(window)
+                numbers.append(number)
                 text_bytes += _text_bytes(tokenizer, window[1:])
         if room == 0:
             break
     if not kept:
         raise SourceError("the text is too short: no document has two tokens, so there is nothing to score")
-    return Windows(kept, text_bytes)
+    return Windows(kept, text_bytes, tuple(numbers))
 
 
 def _text_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ from everybit.formats.tensors import show
 from everybit.formats.weights import WeightSpec, check_bits
 
 QUANT_METHOD = "everybit"
-FORMAT_VERSION = 2  # the newest this code reads; an overlay says the oldest that has all it uses
+FORMAT_VERSION = 3  # the newest this code reads; an overlay says the oldest that has all it uses
 KEYS = ("quant_method", "format_version", "bits", "codebook", "weights", "provenance")
 WEIGHT_KEYS = ("shape", "transposed", "bits", "codebook")
 

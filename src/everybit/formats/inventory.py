@@ -86,7 +86,7 @@ def check_tensors(quantization: QuantizationConfig, specs: Mapping[str, TensorSp
             raise FormatError(
                 f"{where}: tensor {show(weight.name)} is stored plain and also listed as quantized: quantize again"
             )
-        codebooks = {weight.codebook_name(bits): bits for bits in weight.bits}
+        codebook = weight.codebook_parts()
         for name, expected in weight.tensors().items():
             own.add(name)
             found = specs.get(name)
@@ -96,18 +96,20 @@ def check_tensors(quantization: QuantizationConfig, specs: Mapping[str, TensorSp
                     f"{list(weight.bits)} and codebook {weight.codebook}: the config or the shards are wrong, "
                     "download both again"
                 )
-            dtypes = weight.book.dtypes_at(codebooks[name]) if name in codebooks else (expected.dtype,)
+            dtypes = codebook[name].dtypes if name in codebook else (expected.dtype,)
             if found.dtype not in dtypes or found.shape != expected.shape:
                 raise FormatError(
                     f"{where}: tensor {show(name)} is {found.dtype} {show(list(found.shape))}, expected "
                     f"{' or '.join(dtypes)} {show(list(expected.shape))} from the config's shape "
                     f"{show(list(weight.shape))}: the config or the shards are wrong, download both again"
                 )
-    known = [book for book in CODEBOOKS.values() if book.since <= quantization.format_version]
-    suffixes = "|".join(sorted({suffix for book in known for suffix in book.suffixes}))
-    reserved = re.compile(rf".+_(plane|{suffixes})[0-9]+", re.DOTALL)
+    known = {s for book in CODEBOOKS.values() if book.since <= quantization.format_version for s in book.suffixes}
+    # Suffixes without digits are words that models use, too: reserved for the listed weights only.
+    shared = {f"{weight}_{suffix}" for weight in quantization.weights for suffix in known if not suffix[-1].isdigit()}
+    numbered = "|".join(sorted({suffix.rstrip("0123456789") for suffix in known if suffix[-1].isdigit()}))
+    reserved = re.compile(rf".+_(plane|{numbered})[0-9]+", re.DOTALL)
     for name in specs:
-        if name not in own and reserved.fullmatch(name):
+        if name not in own and (name in shared or reserved.fullmatch(name)):
             raise FormatError(
                 f"{where}: tensor {show(name)} belongs to no weight and precision in the config: "
                 "the config or the shards are wrong, download both again"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from everybit.errors import ChecksumError, FormatError
 from everybit.formats.config import QuantizationConfig
 from everybit.formats.files import read_inside
+from everybit.formats.grid import Grid
 from everybit.formats.inventory import CHECKSUM_PREFIX, check_checksums, check_tensors, find_shards
 from everybit.formats.jsontext import parse_object
 from everybit.formats.recognize import require_config, require_folder, require_overlay
@@ -149,26 +152,47 @@ class Overlay:
             found.append(view)
         return found
 
+    def codebook(self, parameter: str, bits: int) -> dict[str, NDArray[Any]]:
+        """The tensors of a weight's codebook that precision `bits` reads, as stored, by suffix.
+
+        Raises: PrecisionError, FormatError, ChecksumError
+        """
+        spec = self._weight(parameter, bits)
+        return {suffix: self.tensor(name) for suffix, name in spec.codebook_names(bits).items()}
+
     def table(self, parameter: str, bits: int) -> NDArray[np.float32]:
         """The value of every `bits`-bit code of every row, whatever the codebook kind.
 
         Shapes: f32[rows, 2^bits]
-        Raises: PrecisionError, FormatError (a value that is not finite, a record that means none), ChecksumError
+        Raises: PrecisionError, FormatError (a value that is not finite, numbers the kind forbids), ChecksumError
         """
-        spec = self._weight(parameter, bits)
-        name = spec.codebook_name(bits)
-        stored = self.tensor(name)
-        try:
-            values = spec.book.expand(stored, bits)
-        except FormatError as error:
-            raise FormatError(f"{self._find(name).path}: tensor {show(name)}: {error}") from None
-        if not bool(np.isfinite(values).all()):
-            row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
-            raise FormatError(
-                f"{self._find(name).path}: tensor {show(name)}: row {row} has a value that is not finite, "
-                "expected finite codebooks: quantize again, or download it again"
-            )
+        spec, arrays = self._weight(parameter, bits), self.codebook(parameter, bits)
+        with self._naming(spec, bits):
+            values = spec.book.expand(arrays, bits)
+            _require_finite(values)
         return values
+
+    def grid(self, parameter: str, bits: int) -> Grid | None:
+        """The same values as even grids in cells, checked like `table`, where the codebook kind says them so.
+
+        Raises: PrecisionError, FormatError, ChecksumError
+        """
+        spec, arrays = self._weight(parameter, bits), self.codebook(parameter, bits)
+        with self._naming(spec, bits):
+            grid = spec.book.grid(arrays, bits)
+            if grid is not None:
+                _require_finite(grid.ends(bits).reshape(spec.rows, -1))
+        return grid
+
+    def unit(self, parameter: str, bits: int) -> NDArray[np.float32] | None:
+        """For each row a number of which its values are integer multiples, where the codebook kind has one.
+
+        Shapes: f32[rows]
+        Raises: PrecisionError, FormatError, ChecksumError
+        """
+        spec, arrays = self._weight(parameter, bits), self.codebook(parameter, bits)
+        with self._naming(spec, bits):
+            return spec.book.unit(arrays, bits)
 
     def sizes(self) -> SizeReport:
         """What each precision costs, and the folder as a whole; reads no data."""
@@ -204,6 +228,16 @@ class Overlay:
     ) -> None:
         self.close()
 
+    @contextlib.contextmanager
+    def _naming(self, spec: WeightSpec, bits: int) -> Iterator[None]:
+        """Puts file and tensors before what a codebook's numbers are refused for."""
+        try:
+            yield
+        except FormatError as error:
+            names = list(spec.codebook_names(bits).values())
+            where, named = self._find(names[-1]).path, " and ".join(map(show, names))
+            raise FormatError(f"{where}: tensor{'s' if names[1:] else ''} {named}: {error}") from None
+
     def _find(self, name: str) -> Shard:
         if name not in self._shard_of:
             raise FormatError(f"{self.folder} has no tensor {show(name)}: names() lists what it has")
@@ -220,3 +254,12 @@ class Overlay:
         else:
             require_bits(bits, spec.bits, f"weight {show(parameter)}")
         return spec
+
+
+def _require_finite(values: NDArray[np.float32]) -> None:
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        raise FormatError(
+            f"row {int(np.flatnonzero(~finite)[0])} has a value that is not finite, expected finite codebooks: "
+            "quantize again, or download it again"
+        )

@@ -49,7 +49,8 @@ class SizeReport:
             read = 0
             for w in weights:
                 served = w.served_bits(b)
-                read += served * w.plane_bytes + layout[w.codebook_name(served)].nbytes
+                read += served * w.plane_bytes
+                read += sum(layout[name].nbytes for name in w.codebook_names(served).values())
             rows[b] = Size(read * 8 / parameters, read + plain)
         itemsize = max(left, key=lambda spec: spec.nbytes).itemsize if left else 4
         original = Size(8.0 * itemsize, parameters * itemsize + plain)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 # safetensors dtype -> the little-endian numpy dtype of a view. Those numpy lacks come as unsigned integers.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -71,6 +72,18 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
+
+
+def from_bf16(stored: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """BF16, the upper half of a float32, as float32."""
+    return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The nearest BF16 (ties to even) of finite numbers, little-endian; beyond the largest, the largest."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(rounded & 0x7F80 == 0x7F80, rounded - 1, rounded).astype("<u2")
 
 
 def is_tensor_name(name: str) -> bool:

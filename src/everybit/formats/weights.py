@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass
 
 from everybit.errors import FormatError, PrecisionError, ShapeError
-from everybit.formats.codebooks import CODEBOOKS, Codebook
+from everybit.formats.codebook import MAX_BITS, MIN_BITS, Codebook, Part
+from everybit.formats.codebooks import CODEBOOKS
 from everybit.formats.tensors import MAX_BYTES, TensorSpec, is_tensor_name, show
 
-MIN_BITS, MAX_BITS = 2, 8
 ALL_BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
 
 
@@ -84,9 +84,17 @@ class WeightSpec:
         """The tensor of plane `plane`, 0 the most significant."""
         return f"{self.name}_plane{plane}"
 
-    def codebook_name(self, bits: int) -> str:
-        """The tensor of the codebook for precision `bits`."""
-        return self.book.name(self.name, bits)
+    def codebook_name(self, part: Part) -> str:
+        """The tensor of one part of the codebook."""
+        return f"{self.name}_{part.suffix}"
+
+    def codebook_names(self, bits: int) -> dict[str, str]:
+        """The tensors of the codebook that precision `bits` reads: suffix -> name."""
+        return {part.suffix: self.codebook_name(part) for part in self.book.parts(bits)}
+
+    def codebook_parts(self) -> dict[str, Part]:
+        """Every tensor of the codebook by name, from the fewest bits; one that precisions share is there once."""
+        return {self.codebook_name(part): part for bits in self.bits for part in self.book.parts(bits)}
 
     def tensors(self, lut_dtype: str = "F16") -> dict[str, TensorSpec]:
         """Every tensor of this weight: planes from the most significant, then codebooks from the fewest bits.
@@ -94,10 +102,9 @@ class WeightSpec:
         `lut_dtype` is used where the codebook kind leaves a choice (tables: F16 or F32).
         """
         found = {self.plane_name(plane): self.plane_spec for plane in range(self.planes)}
-        for bits in self.bits:
-            allowed = self.book.dtypes_at(bits)
-            dtype = lut_dtype if lut_dtype in allowed else allowed[0]
-            found[self.codebook_name(bits)] = TensorSpec(dtype, self.book.tensor_shape(self, bits))
+        for name, part in self.codebook_parts().items():
+            dtype = lut_dtype if lut_dtype in part.dtypes else part.dtypes[0]
+            found[name] = TensorSpec(dtype, (*self.shape[:-1], part.width))
         return found
 
     def served_bits(self, bits: int) -> int:

@@ -67,7 +67,7 @@ def quantize(
     seed: int = 0,
     calibration_sequences: int = 128,
     calibration_length: int = 512,
-    table_dtype: str = "float16",
+    table_dtype: str | None = None,
     shard_bytes: int = 2 << 30,
     threads: int = 0,
     dry_run: bool = False,
@@ -79,8 +79,9 @@ def quantize(
     `model` is a folder or a hub id; `calibration` a text file, `self` (text the model writes) or `none`;
     `solver` one of tree, upscale, uniform; `ignore` regular expressions of module names to leave alone;
     `override` maps such expressions to their own bits (a layer with bits (6,) is served at 6 bits always), the last
-    match wins. `codebook` is what precisions above 4 bits get, `cells` (the default: 44 bytes a row) or `table` (2^b
-    numbers a row); the solver uniform has its own. `table_dtype` is that of tables; the centres of cells are float16.
+    match wins. `codebook` is `compact` (the default: 58 bytes a row for 2 to 8 bits) or `table` (2^b numbers a row for
+    each b); the solver uniform has its own. `table_dtype` is that of tables, float16
+    (the default) or float32.
 
     Cost: memory of one parameter (with calibration: of the float32 model and its sensitivities as well).
     Mutates: creates `out`; `out.partial` while it runs.
@@ -94,6 +95,12 @@ def quantize(
         raise SourceError(
             f"codebook {codebook!r} has no effect with the solver {solver}, whose grid is its own: drop it"
         )
+    kind = codebook_kind(solver, codebook or "compact")
+    if table_dtype is not None and kind != "table":
+        raise SourceError(
+            f"table dtype {table_dtype!r} has no effect with the codebook {kind}: ask for codebook table, or drop it"
+        )
+    table_dtype = table_dtype or "float16"
     if table_dtype not in TABLE_DTYPES:
         raise SourceError(f"unknown table dtype {table_dtype!r}: expected one of {', '.join(TABLE_DTYPES)}")
     for option, number, most in (("--seed", seed, 2**63 - 1), ("--threads", threads, 1024)):
@@ -116,13 +123,11 @@ def quantize(
     for target in targets:
         if (dtype := source.dtype_of(target.name)) not in FLOATS:
             raise SourceError(f"{source.folder}: {target.name} holds {dtype}, expected one of {', '.join(FLOATS)}")
-    kind = codebook_kind(solver, bits, codebook or "cells")
     lut_dtype = TABLE_DTYPES[table_dtype]
     specs = {}
     for target in targets:
         own_bits = _bits_of(target, bits, overrides)
-        own_kind = codebook_kind(solver, own_bits, codebook or "cells")
-        specs[target.name] = WeightSpec(target.name, target.shape, own_bits, own_kind, target.transposed)
+        specs[target.name] = WeightSpec(target.name, target.shape, own_bits, kind, target.transposed)
     provenance = {
         "everybit_version": __version__,
         "solver": solver,

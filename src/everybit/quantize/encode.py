@@ -45,23 +45,22 @@ def encode(
     own_seed = seed ^ int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:4], "little")
     for e in range(experts):
         try:
-            kind = "cells" if spec.codebook == "cells" else "table"
+            kind = spec.codebook if spec.codebook == "compact" else "table"
             solution = solve(weights[e], shares[e], spec.bits, solver, own_seed + e, threads, kind)
         except EverybitError as error:
             raise type(error)(f"{spec.name}: {error}") from error
         for k, plane in enumerate(pack_planes(solution.codes, spec.planes)):
             arrays[spec.plane_name(k)][e] = plane
-        for b in spec.bits:
-            book = arrays[spec.codebook_name(b)]
+        for name, part in spec.codebook_parts().items():
             with np.errstate(over="ignore"):
-                book[e] = solution.codebooks[b]
-                values = spec.book.expand(book[e], b)
-            if not np.isfinite(values).all():
-                cells = spec.codebook == "cells"
+                arrays[name][e] = solution.codebook[part.suffix]
+        for b in spec.bits:
+            stored = {suffix: arrays[name][e] for suffix, name in spec.codebook_names(b).items()}
+            if not np.isfinite(spec.book.expand(stored, b)).all():
+                dtype = "compact" if spec.codebook == "compact" else str(next(iter(stored.values())).dtype)
                 raise SourceError(
-                    f"{spec.name}: weights up to {np.abs(weights[e]).max():.3g} overflow a "
-                    f"{'float16' if cells else book.dtype} codebook: use {'--codebook table ' if cells else ''}"
-                    "--table-dtype float32, or rescale the layer"
+                    f"{spec.name}: weights up to {np.abs(weights[e]).max():.3g} overflow a {dtype} codebook: use "
+                    f"{'--codebook table ' if dtype == 'compact' else ''}--table-dtype float32, or rescale the layer"
                 )
     return {name: array.reshape(layout[name].shape) for name, array in arrays.items()}
 

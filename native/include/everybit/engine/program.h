@@ -45,8 +45,8 @@ struct StepInput {
   Sequences sequences;
   std::size_t rows_count;
   const std::int32_t* rows;
-  int bits;
-  float* logits;  // f32[rows_count][vocabulary]
+  const std::uint8_t* served;  // [weights]: which of its own precisions each quantized weight is read at
+  float* logits;               // f32[rows_count][vocabulary]
 };
 
 class Program {
@@ -96,6 +96,7 @@ class Program {
   void add_experts(const std::string& label, ExpertsArguments arguments);
 
   // Computes and appends to the cache. The last buffer written by the last op is the caller's `logits`.
+  // Throws std::invalid_argument where a weight has no tables for the precision asked of it.
   // Throws StepError (a file was cut short under its map; in debug mode, a non-finite number: names the op).
   void run(const StepInput& input);
 

@@ -22,17 +22,20 @@ constexpr std::size_t kPrefillTokens = 32;
 // From so many bits on a lookup takes two or four registers of table, and arithmetic is the bound from two tokens on.
 constexpr int kWideBits = 7;
 
-// The tables of one weight at one precision: kept as the kernels want them, or, where a codebook of cells says them in
-// 44 bytes a row, made for a few rows at a time just before these are multiplied (512 bytes a row of an 8-bit table
-// would be a quarter of what is read). What is made so is the same, entry for entry, as what would be kept.
+// The tables of one weight at one precision: kept as the kernels want them, or, where a codebook says them as even
+// grids in 16 cells a row, made for a few rows at a time just before these are multiplied (512 bytes a row of an 8-bit
+// table would be a quarter of what is read). What is made so is the same, entry for entry, as what would be kept.
 class PreparedTables {
  public:
-  // values f32[rows][2^bits], in the container's code order. Needs: finite. Cost: rows * 2^bits * (1 or 2) bytes, and
-  // in exact mode 4.
-  PreparedTables(const float* values, std::size_t rows, int bits, Mode mode, const Kernels& kernels, int threads);
-  // records u8[rows][44] of a codebook of cells (docs/spec.md). Needs: bits 5..8, mode not exact.
-  // Throws std::invalid_argument naming a row whose record means no finite numbers.
-  PreparedTables(const std::uint8_t* records, std::size_t rows, int bits, const Kernels& kernels);
+  // values f32[rows][2^bits], in the container's code order; units f32[rows] or null: of which a row's values are
+  // integer multiples. One byte part then holds them without rounding where each row's multiples span less than
+  // Kernels::base, and is used instead of two. Needs: finite. Cost: rows * 2^bits * (1 or 2) bytes, in exact mode 4.
+  PreparedTables(const float* values, const float* units, std::size_t rows, int bits, Mode mode, const Kernels& kernels,
+                 int threads);
+  // centres f32[rows][16], ladders u8[rows][16], steps f32[rows], in the container's order (docs/spec.md).
+  // Needs: bits 5..8, mode not exact; finite values, ladders 1..8.
+  PreparedTables(const float* centres, const std::uint8_t* ladders, const float* steps, std::size_t rows, int bits,
+                 const Kernels& kernels);
 
   bool made_on_the_fly() const { return !cells_.empty(); }
   // Kept tables from `row` on; `bytes`: the high parts alone.
@@ -57,10 +60,9 @@ struct Weight {
   std::string name;
   std::size_t experts, rows, columns;  // rows of one expert
   bool quantized;
-  Matrix plain;               // of all experts, one after another
-  Planes planes;              // likewise
-  int planes_held;            // how many of planes.plane there are
-  std::array<int, 9> served;  // the weight's own precision when the model runs at b; 0: not served
+  Matrix plain;                                           // of all experts, one after another
+  Planes planes;                                          // likewise
+  int planes_held;                                        // how many of planes.plane there are
   std::array<std::unique_ptr<PreparedTables>, 9> tables;  // by the weight's own precision
 
   Planes planes_at(std::size_t row) const;
@@ -77,8 +79,9 @@ struct QuantizedRoom {
 };
 
 // out (+)= x W^T + bias for rows [rows.begin, rows.end) of expert `expert`. `x` are the float activations, `quantized`
-// the same in int8 (unused in exact mode and for plain weights).
-void multiply(const Weight& weight, std::size_t expert, int bits, Mode mode, const Isa& isa, Columns x,
+// the same in int8 (unused in exact mode and for plain weights); `own` is the weight's precision, whose tables are
+// there.
+void multiply(const Weight& weight, std::size_t expert, int own, Mode mode, const Isa& isa, Columns x,
               const QuantizedRows& quantized, Range rows, const Output& out, void* scratch);
 
 }  // namespace everybit::engine

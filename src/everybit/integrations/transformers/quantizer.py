@@ -24,7 +24,7 @@ from everybit.integrations.transformers.weights import attach, detach
 if TYPE_CHECKING:  # this module may be imported while transformers itself is still being imported
     from transformers import PreTrainedModel
 
-OVERLAY_TENSORS = {r"_plane\d+$"} | {rf"_{s}\d+$" for book in CODEBOOKS.values() for s in book.suffixes}
+OVERLAY_TENSORS = {r"_plane\d+$"} | {rf"_{s}$" for book in CODEBOOKS.values() for s in book.suffixes}
 
 
 @register_quantization_config(QUANT_METHOD)

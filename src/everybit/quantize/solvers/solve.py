@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,50 +15,52 @@ from numpy.typing import NDArray
 from everybit import _native
 from everybit.errors import ShapeError, SourceError
 from everybit.formats import CODEBOOKS, check_bits
-from everybit.formats.codebooks import CELL_BITS, Cells
+from everybit.formats.grid import CELL_BITS
+from everybit.quantize.solvers.compact import compact, fit_grid, nearest_codes
 
-Kind = Literal["table", "affine", "cells"]
+Kind = Literal["table", "affine", "compact"]
 Values = NDArray[np.float32]
 
 _NATIVE = {"tree": _native.solve_tree, "upscale": _native.solve_upscale, "uniform": _native.solve_uniform}
 KINDS: dict[str, Kind] = {"tree": "table", "upscale": "table", "uniform": "affine"}
 
 
-def codebook_kind(solver: str, bits: Sequence[int], codebook: str = "cells") -> Kind:
-    """The kind that a weight gets: `codebook` is cells or table, where the solver leaves the choice.
+def codebook_kind(solver: str, codebook: str = "compact") -> Kind:
+    """The kind that a weight gets: `codebook` is compact or table, where the solver leaves the choice.
 
-    Up to 4 bits the two are the same tensors, which are then called by their older name.
     Raises: SourceError
     """
-    if codebook not in ("cells", "table"):
-        raise SourceError(f"unknown codebook {codebook!r}: expected cells or table")
-    if KINDS[solver] == "table" and codebook == "cells" and max(bits) > CELL_BITS:
-        return "cells"
-    return KINDS[solver]
+    if codebook not in ("compact", "table"):
+        raise SourceError(f"unknown codebook {codebook!r}: expected compact or table")
+    return "compact" if KINDS[solver] == "table" and codebook == "compact" else KINDS[solver]
 
 
 @dataclass(frozen=True)
 class Solution:
     """Nested codes of one matrix and the codebook of every precision.
 
-    codes      u8[N, K], the code of the highest precision; the b-bit code is `codes >> (max_bits - b)`
-    codebooks  bits -> f32[N, 2^bits] (kind "table", and "cells" up to 4 bits), f32[N, 2] = scale, offset (kind
-               "affine") or u8[N, 44], the records of docs/spec.md (kind "cells" above 4 bits)
-    kind       what `formats.CODEBOOKS[kind]` expands
+    codes     u8[N, K], the code of the highest precision; the b-bit code is `codes >> (max(bits) - b)`
+    bits      the precisions, ascending
+    codebook  its tensors as `formats.CODEBOOKS[kind]` expands them, by suffix (lut2, scale, ...); tables are float32
+    kind      table, affine or compact
     """
 
     codes: NDArray[np.uint8]
-    codebooks: dict[int, Values | NDArray[np.uint8]]
+    bits: tuple[int, ...]
+    codebook: dict[str, NDArray[Any]]
     kind: Kind
 
     def codes_at(self, bits: int) -> NDArray[np.uint8]:
         """The codes of one precision, u8[N, K]."""
-        return self.codes >> np.uint8(max(self.codebooks) - bits)
+        return self.codes >> np.uint8(self.bits[-1] - bits)
+
+    def table_at(self, bits: int) -> Values:
+        """The value of every code of one precision, f32[N, 2^bits]."""
+        return CODEBOOKS[self.kind].expand(self.codebook, bits)
 
     def values_at(self, bits: int) -> Values:
         """The dequantized weights of one precision, f32[N, K]."""
-        table = CODEBOOKS[self.kind].expand(self.codebooks[bits], bits)
-        return np.take_along_axis(table, self.codes_at(bits).astype(np.intp), axis=1)
+        return np.take_along_axis(self.table_at(bits), self.codes_at(bits).astype(np.intp), axis=1)
 
 
 def solve(
@@ -77,10 +79,10 @@ def solve(
       upscale  the original Any-Precision: k-means at the lowest precision, then two-means splits
       uniform  an even grid over the row's range, with a fitted scale and offset per precision
 
-    With codebook "cells" the solver gives the codes up to 4 bits; above, each 4-bit cell gets an even grid
-    (native/src/cells.cc). It makes no difference to uniform, or where no precision is above 4 bits.
+    With codebook "compact" the solver gives codes and tables up to 4 bits, which are rounded to int8; above, each
+    4-bit cell gets an even grid that all precisions share (native/src/cells.cc). It makes no difference to uniform.
 
-    Shapes:  weights f32[N, K], sensitivity f32[N, K] or None (all equal) -> codes u8[N, K], codebooks as in Solution
+    Shapes:  weights f32[N, K], sensitivity f32[N, K] or None (all equal) -> codes u8[N, K], codebook as in Solution
     Needs:   finite weights; finite sensitivities >= 0; bits ascending within 2..8; K >= 1
     Mutates: nothing. Threads: deterministic for any count; 0 = one per processor. Only upscale uses the seed
     Raises:  ShapeError, SourceError (a value that is not finite or a negative sensitivity), PrecisionError
@@ -101,29 +103,21 @@ def solve(
                 "pass one sensitivity per weight, or None"
             )
         _refuse_bad_row(sensitivity, "sensitivity", True, threads)
-    kind = codebook_kind(solver, wanted, codebook)
-    upper = [b for b in wanted if b > CELL_BITS] if kind == "cells" else []
-    solved = [b for b in wanted if b < CELL_BITS] + [CELL_BITS] if upper else wanted
-    rows = weights.shape[0]
+    kind = codebook_kind(solver, codebook)
+    grid = kind == "compact" and wanted[-1] > CELL_BITS
+    solved = [b for b in wanted if b < CELL_BITS] + [CELL_BITS] if grid else wanted
     codes = np.empty(weights.shape, np.uint8)
-    found = {b: np.empty((rows, CODEBOOKS[KINDS[solver]].width(b)), np.float32) for b in solved}
+    found = {b: np.empty((len(weights), CODEBOOKS[KINDS[solver]].parts(b)[0].width), np.float32) for b in solved}
     _NATIVE[solver](weights, sensitivity, solved, seed & (2**64 - 1), codes, list(found.values()), threads)
-    codebooks: dict[int, Values | NDArray[np.uint8]] = {b: found[b] for b in wanted if b in found}
-    if upper:
-        codebooks |= _cells(weights, sensitivity, upper, codes, threads)
-    return Solution(codes, codebooks, kind)
-
-
-def _cells(
-    weights: Values, sensitivity: Values | None, bits: list[int], codes: NDArray[np.uint8], threads: int
-) -> dict[int, NDArray[np.uint8]]:
-    """The records of `bits`, all above 4. Mutates: codes, which get their residual bits."""
-    shape = (len(weights), 1 << CELL_BITS)
-    centres = [np.empty(shape, np.float32) for _ in bits]
-    ladders = [np.empty(shape, np.uint8) for _ in bits]
-    steps = [np.empty(shape[0], np.float32) for _ in bits]
-    _native.solve_cells(weights, sensitivity, bits, codes, centres, ladders, steps, threads)
-    return {b: Cells.pack(*parts) for b, parts in zip(bits, zip(centres, ladders, steps, strict=True), strict=True)}
+    if kind != "compact":
+        suffixes = {b: CODEBOOKS[kind].parts(b)[0].suffix for b in solved}
+        return Solution(codes, tuple(wanted), {suffixes[b]: book for b, book in found.items()}, kind)
+    tables = {b: found[b] for b in wanted if b in found}
+    if not grid:
+        return Solution(codes, tuple(wanted), compact(tables, None), kind)
+    upper = [b for b in wanted if b > CELL_BITS]
+    arrays = compact(tables, fit_grid(weights, sensitivity, upper, codes, threads))
+    return Solution(nearest_codes(weights, arrays, wanted[-1], codes), tuple(wanted), arrays, kind)
 
 
 def _matrix(array: object, what: str) -> Values:

@@ -1,0 +1,247 @@
+"""Task suites of EleutherAI's lm-evaluation-harness on the native engine: `everybit eval OVERLAY --tasks piqa`.
+
+    with Runtime.open("overlay") as runtime:
+        scores = evaluate_tasks(EverybitLM(runtime, Tokenizer.open("overlay"), bits=4), load_tasks(["piqa"]))
+
+Needs: lm-eval 0.4.13 or newer of 0.4 (the extra `tasks`). It brings no torch, and neither does this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm_eval import evaluator
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from everybit.engine.generate import choose_bits, generate
+from everybit.engine.runtime import Runtime
+from everybit.engine.sampling import Sampling
+from everybit.errors import ModelError, SourceError, reason
+from everybit.integrations.lm_eval_tasks import local_task
+from everybit.tokenizer import Tokenizer
+
+F32 = NDArray[np.float32]
+NEW_TOKENS = 256  # of generate_until where the task does not say, as lm-eval's own models
+BOOTSTRAPS = 1000  # for metrics without a standard error in closed form (lm-eval's own default is 100,000)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task; `stderr` is None where lm-eval has no estimate of it."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    samples: int
+
+
+class EverybitLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types we could check against
+    """An `lm_eval.api.model.LM` that runs in `Runtime`, at one precision (0 for float weights).
+
+    A prompt that begins as the one before it keeps its place in the cache, so that the choices of one question cost
+    little more than one of them.
+    """
+
+    def __init__(self, runtime: Runtime, tokenizer: Tokenizer, bits: int | None = None, progress: bool = True) -> None:
+        super().__init__()
+        self.runtime, self.text = runtime, tokenizer
+        self.bits = choose_bits(runtime, bits)
+        self._bars: dict[str, Any] = {"file": sys.stderr, "disable": None if progress else True}
+        self._cached: list[int] = []
+        bare, some = tokenizer.encode(""), tokenizer.encode("a")
+        same = next((i for i, (x, y) in enumerate(zip(bare, some, strict=False)) if x != y), min(len(bare), len(some)))
+        self._before, self._after = bare[:same], len(bare) - same  # special tokens that the tokenizer adds
+        self._prefix = _first_token(runtime.checkpoint.config, tokenizer, self._before)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text, or the first one where the model has none."""
+        return min(self.text.eos_ids, default=self._prefix)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without context is conditioned on."""
+        return self._prefix
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; the tokenizer's leading special tokens unless `add_special_tokens` is False, never trailing ones.
+
+        (A context that ends in the tokenizer's own EOS could not be continued.)
+        """
+        ids = self.text.encode(string)
+        ids = ids[: len(ids) - self._after]
+        return ids[len(self._before) :] if add_special_tokens is False else ids
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        found = []
+        for key, context, continuation in tqdm(requests, desc="scoring", **self._bars):
+            answer = self._score(context, continuation)
+            found.append(answer)
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, answer)
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, each token with as much context as windows of the model's length leave it."""
+        found = []
+        for request in tqdm(requests, desc="scoring", **self._bars):
+            (text,) = request.args
+            windows = get_rolling_token_windows(
+                self.tok_encode(text, add_special_tokens=False), self._prefix, self.runtime.context, 1
+            )
+            found.append(math.fsum(self._score(*make_disjoint_window(window))[0] for window in windows))
+        return found
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continuations, cut before the first of the task's stop strings."""
+        found = []
+        for request in tqdm(requests, desc="writing", **self._bars):
+            context, options = request.args
+            found.append(self._write(context, dict(options)))
+            self.cache_hook.add_partial("generate_until", request.args, found[-1])
+        return found
+
+    def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+        """Log-likelihood of `continuation`, and whether each of its tokens is the likeliest.
+
+        What does not fit into the model's context is cut off at the left.
+        """
+        if not continuation:
+            return 0.0, True
+        ids = (context + continuation)[-(self.runtime.context + 1) :]
+        rows = len(ids) - 1 - max(len(ids) - len(continuation) - 1, 0)  # of logits that are wanted
+        targets = np.asarray(ids[-rows:])
+        total, greedy, at = 0.0, True, 0
+        for logits in self._logits(ids[:-1], rows):
+            wide = logits.astype(np.float64)
+            wide -= wide.max(axis=-1, keepdims=True)
+            log_sum = np.log(np.exp(wide).sum(axis=-1))
+            own = targets[at : at + len(logits)]
+            at += len(logits)
+            total += float((wide[np.arange(len(own)), own] - log_sum).sum())
+            greedy = greedy and bool((logits.argmax(axis=-1) == own).all())
+        return total, greedy
+
+    def _logits(self, ids: list[int], rows: int) -> Iterator[F32]:
+        """The logits after each of the last `rows` tokens. Mutates: the cache, of which a common beginning is kept."""
+        first = len(ids) - rows
+        kept = next((i for i, (x, y) in enumerate(zip(ids, self._cached, strict=False)) if x != y), len(self._cached))
+        kept = min(kept, first)
+        self._cached = []  # in case what follows fails half-way
+        self.runtime.reset(0, kept)
+        if kept < first:
+            self.runtime.prefill(0, ids[kept:first], self.bits)
+        yield from self.runtime.score(0, ids[first:], self.bits)
+        self._cached = ids
+
+    def _write(self, context: str, options: dict[str, Any]) -> str:
+        stops = options.get("until") or []
+        stops = [stops] if isinstance(stops, str) else list(stops)
+        prompt, room = self.tok_encode(context) or [self._prefix], self.runtime.context
+        # A prompt that does not leave room for all that is asked keeps at least half of the context.
+        most = max(1, min(int(options.get("max_gen_toks", NEW_TOKENS)), max(room - len(prompt), room // 2)))
+        prompt = prompt[-(room - most) :]
+        temperature = float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0
+        asked = {name: options[name] for name in ("top_k", "top_p", "min_p") if name in options and temperature}
+        self._cached = []
+        text, stream = "", self.text.stream(prompt)
+        for token in generate(
+            self.runtime, prompt, Sampling(temperature, **asked), most, self.bits or None, self.text.eos_ids
+        ):
+            text += stream.add(token)
+            if any(stop in text for stop in stops if stop):
+                break
+        else:
+            text += stream.finish()
+        return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]
+
+
+def load_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, Any]:
+    """What `evaluate_tasks` runs: tasks of lm-eval by name, or made from `folder`/NAME.jsonl (nothing is downloaded).
+
+    Raises: SourceError (no such task or file, or a hub that cannot be reached)
+    """
+    with _calm():
+        try:
+            wanted: list[Any] = [local_task(name, folder) if folder else name for name in names]
+            loaded: dict[str, Any] = TaskManager(include_defaults=folder is None).load(wanted)
+        except SourceError:
+            raise
+        except Exception as error:  # unknown names, datasets and the hub raise a dozen types
+            raise SourceError(
+                f"--tasks {','.join(names)}: lm-eval cannot load them ({reason(error)}): check the names and the "
+                "network, or give --tasks-data a folder of NAME.jsonl"
+            ) from error
+        return loaded
+
+
+def evaluate_tasks(model: EverybitLM, tasks: Mapping[str, Any], limit: int | None = None) -> list[Score]:
+    """The scores of every task, `limit` samples of each at most.
+
+    Cost: one forward pass per choice of every question; standard errors by lm-eval (a bootstrap where there is no
+    formula). Raises: as Runtime
+    """
+    with _calm():
+        results = evaluator.evaluate(model, tasks, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
+    if results is None:
+        raise ModelError("lm-eval gave no result: run it in one process")
+    return list(_scores(results))
+
+
+def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
+    for task, metrics in results["results"].items():
+        samples = results.get("n-samples", {}).get(task, {}).get("effective", 0)
+        for key, value in metrics.items():
+            metric, comma, where = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            stderr = metrics.get(f"{metric}_stderr,{where}")
+            known = isinstance(stderr, (int, float)) and math.isfinite(stderr)
+            name = metric if where == "none" else f"{metric}:{where}"
+            yield Score(task, name, float(value), float(stderr) if known else None, int(samples))
+
+
+def _first_token(config: Mapping[str, Any], tokenizer: Tokenizer, before: Sequence[int]) -> int:
+    if before:
+        return before[0]
+    for owner in (config, config.get("text_config") or {}):
+        if isinstance(found := owner.get("bos_token_id"), int):
+            return found
+    if tokenizer.eos_ids:
+        return min(tokenizer.eos_ids)
+    raise ModelError("the model names neither a BOS nor an EOS token: a text without context cannot be scored")
+
+
+@contextlib.contextmanager
+def _calm() -> Iterator[None]:
+    """lm-eval without its log, prints and bars, and without a process pool for its bootstrap. Ours go on: the bars of
+    `EverybitLM` hold the stderr they were made with."""
+    logger, before = logging.getLogger("lm_eval"), os.environ.get("DISABLE_MULTIPROC")
+    level = logger.level
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+        os.environ.pop("DISABLE_MULTIPROC")
+        if before is not None:
+            os.environ["DISABLE_MULTIPROC"] = before

@@ -1,0 +1,134 @@
+"""What the methods need from calibration, for every weight of a model, from the same sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from everybit.errors import SourceError
+from everybit.quantize import calibrate
+from everybit.quantize.discover import Target
+from everybit.quantize.peers.method import F32, UnfitError
+from everybit.quantize.source import Source, load_float, load_tokenizer
+from everybit.quantize.statistics import measure
+
+
+class Hessians(Protocol):
+    """X'X / tokens of the inputs of each quantized parameter."""
+
+    def hessian(self, name: str) -> F32:
+        """Shapes: -> f32[K, K] in stored orientation. Raises: UnfitError"""
+
+
+class Sensitivities(Protocol):
+    """The diagonal Fisher information of each quantized parameter."""
+
+    def sensitivity(self, name: str) -> F32:
+        """Shapes: -> f32 of the stored shape"""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Statistics of a model; a part that no method needed is None."""
+
+    sensitivities: Sensitivities | None
+    hessians: Hessians | None
+
+
+@dataclass(frozen=True)
+class MatrixStatistics:
+    """One matrix's share of `Collected`: what a method is given."""
+
+    collected: Collected
+    name: str
+    expert: int | None
+    seed: int
+
+    def sensitivity(self) -> F32:
+        """f32[N, K]."""
+        if self.collected.sensitivities is None:
+            raise UnfitError("no sensitivities were measured")
+        found = self.collected.sensitivities.sensitivity(self.name)
+        return np.ascontiguousarray(found if self.expert is None else found[self.expert])
+
+    def hessian(self) -> F32:
+        """f32[K, K]."""
+        if self.collected.hessians is None:
+            raise UnfitError("no Hessians were measured")
+        return self.collected.hessians.hessian(self.name)
+
+
+class InputHessians:
+    """X'X / tokens of linear layers, by forward hooks; all of them in memory. Layers that share an input share a sum.
+
+    To be replaced by the Hessians of quantize/statistics.py where those are plain too.
+    """
+
+    def __init__(self, model: Any, targets: list[Target], sequences: list[torch.Tensor], progress: bool) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, int] = {}
+        with ExitStack() as stack, torch.no_grad():
+            for target in targets:
+                module = model.get_submodule(target.name.rpartition(".")[0])
+                if len(target.shape) == 2:
+                    hook = module.register_forward_pre_hook(self._adder(target.name, target.shape[1]))
+                    stack.callback(hook.remove)
+            for ids in tqdm(sequences, desc="Hessians", unit="seq", disable=None if progress else True):
+                model(input_ids=ids, use_cache=False)
+
+    def _adder(self, name: str, columns: int) -> Any:
+        total = self._sums.setdefault(name, torch.zeros(columns, columns))
+
+        def add(module: Any, inputs: Any) -> None:
+            x = inputs[0].detach().reshape(-1, columns).float()
+            total.addmm_(x.T, x)
+            self._tokens[name] = self._tokens.get(name, 0) + len(x)
+
+        return add
+
+    def hessian(self, name: str) -> F32:
+        """Raises: UnfitError for fused experts, and for a layer that no token reached"""
+        if name not in self._tokens:
+            raise UnfitError(f"{name} has no Hessian here (fused experts, or a layer that no token reached)")
+        mean: F32 = (self._sums[name] / self._tokens[name]).numpy()
+        return mean
+
+
+def collect(
+    source: Source,
+    targets: list[Target],
+    record: calibrate.Calibration,
+    documents: list[str],
+    needs: Collection[str],
+    folder: Path,
+    progress: bool = True,
+) -> Collected:
+    """Measure what `needs` names (sensitivity, hessian) on the sequences that `record` chooses from `documents`.
+
+    Cost: memory of the float32 model, its sensitivities and a K x K matrix per weight. Mutates: `folder`
+    Raises: SourceError
+    """
+    if not needs:
+        return Collected(None, None)
+    tokenizer, model = load_tokenizer(source.folder), load_float(source.folder)
+    model.requires_grad_(False)
+    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", record.length))
+    sequences = calibrate.text_sequences(tokenizer, documents, record, context)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if (highest := max(int(s.max()) for s in sequences)) >= vocabulary:
+        raise SourceError(
+            f"{source.folder}: the tokenizer gives token {highest}, the model knows {vocabulary}: "
+            "they do not belong together"
+        )
+    hessians = InputHessians(model, targets, sequences, progress) if "hessian" in needs else None
+    sensitivities = (
+        measure(model, targets, sequences, folder / "statistics", progress=progress) if "sensitivity" in needs else None
+    )
+    return Collected(sensitivities, hessians)

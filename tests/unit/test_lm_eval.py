@@ -1,0 +1,277 @@
+"""Task suites: files to task definitions (always), and the adapter against direct calculation (where lm-eval is)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import everybit
+from everybit.cli.main import main
+from everybit.engine.runtime import Runtime
+from everybit.errors import SourceError
+from everybit.integrations.lm_eval_tasks import local_task, read_samples
+from everybit.tokenizer import Tokenizer
+
+QUESTIONS = [
+    {"query": "Question: Which one purrs?", "choices": ["a cat", "a stone", "a lamp"], "gold": 0},
+    {"query": "The sun is", "choices": ["hot", "wet"], "gold": 1},
+    {"query": "The sun is", "choices": ["wet", "a very far away star"], "gold": 0},
+]
+FILES: dict[str, list[dict[str, Any]]] = {
+    "mini": QUESTIONS,
+    "last_word": [{"context": "One two", "continuation": "three"}, {"context": "Up and", "continuation": "down"}],
+    "who": [{"context_options": ["Ann saw Bob so Ann", "Ann saw Bob so Bob"], "continuation": "ran.", "gold": 1}] * 3,
+    "pairs": [{"good": "The cats sleep.", "bad": "The cats sleeps.", "uid": "x"}] * 2,
+}
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (extra: tasks; some 700 MB)"
+)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for name, samples in FILES.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(sample) for sample in samples) + "\n")
+    return tmp_path
+
+
+def test_the_kind_of_a_file_is_told_by_its_fields(data: Path) -> None:
+    kinds = {name: local_task(name, data)["output_type"] for name in FILES}
+    assert kinds == {
+        "mini": "multiple_choice",
+        "last_word": "loglikelihood",
+        "who": "multiple_choice",
+        "pairs": "multiple_choice",
+    }
+    asked, completed = (local_task("mini", data)["doc_to_text"](sample) for sample in QUESTIONS[:2])
+    assert (asked, completed) == ("Question: Which one purrs?\nAnswer:", "The sun is")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"query": "x"}'], "line 1 has not the fields of one kind of task: expected query, choices, gold;"),
+        (['{"good": "x", "bad": "y"}', '{"context": "x", "continuation": "y"}'], "line 2 has not the fields"),
+        (['{"good": "x", "bad": "y"}', "not json"], "line 2 is not JSON"),
+        (
+            ['{"query": "x", "choices": ["a", "b"], "gold": 2}'],
+            "line 1: gold 2 is not the number of one of its choices",
+        ),
+        (['{"query": "x", "choices": "ab", "gold": 0}'], "line 1: gold 0 is not the number"),
+        ([], "an empty file"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, lines: list[str], message: str) -> None:
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    with pytest.raises(SourceError, match=r"t\.jsonl") as found:
+        read_samples("t", tmp_path)
+    assert message in str(found.value)
+
+
+def test_an_absent_file_names_those_that_are_there(data: Path) -> None:
+    with pytest.raises(SourceError, match="the folder holds last_word, mini, pairs, who"):
+        read_samples("absent", data)
+
+
+@pytest.fixture(scope="module")
+def overlay(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("tasks") / "overlay"
+    everybit.quantize(tiny_llama, out, bits=(2, 8), progress=False)
+    return str(out)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([], "give --text FILE, --tasks NAMES or both"),
+        (["--tasks", "mini", "--plot", "x.svg"], "--plot has no effect without --text"),
+        (["--text", "x.txt", "--limit", "3"], "--limit has no effect without --tasks"),
+        (["--tasks", ","], "names no task"),
+        (["--tasks", "mini", "--tasks-data", "absent"], "--tasks-data absent: no such folder"),
+    ],
+)
+def test_refusals(overlay: str, capsys: pytest.CaptureFixture[str], extra: list[str], message: str) -> None:
+    assert main(["eval", overlay, *extra]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err.splitlines()[-1]
+
+
+def test_without_lm_eval_one_line_says_how_to_get_it(
+    overlay: str, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name))
+    assert main(["eval", overlay, "--tasks", "mini", "--tasks-data", str(data)]) == 2
+    assert 'pip install "everybit[tasks]"' in capsys.readouterr().err.splitlines()[-1]
+
+
+class Request:
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+
+def loglikelihood(folder: Path, ids: list[int], start: int) -> tuple[float, bool]:
+    """Of ids[start:], by one whole pass on a fresh runtime."""
+    with Runtime.open(folder, mode="exact", kv_dtype="float32", threads=1) as runtime:
+        logits = np.concatenate(list(runtime.score(0, ids[:-1]))).astype(np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    wanted = range(start - 1, len(ids) - 1)
+    return sum(log_p[i, ids[i + 1]] for i in wanted), all(logits[i].argmax() == ids[i + 1] for i in wanted)
+
+
+@pytest.fixture
+def model(tiny_llama: Path) -> Any:
+    from everybit.integrations.lm_eval import EverybitLM
+
+    with Runtime.open(tiny_llama, mode="exact", kv_dtype="float32", threads=1) as runtime:
+        yield EverybitLM(runtime, Tokenizer.open(tiny_llama), progress=False)
+
+
+@needs_lm_eval
+def test_loglikelihood_is_that_of_one_whole_pass(tiny_llama: Path, model: Any) -> None:
+    encode = Tokenizer.open(tiny_llama).encode
+    # The same context, then another; what was kept of the first must not leak into the second.
+    pairs = [("One two", " three"), ("One two", " four or more"), ("One", " two"), ("Up", " and down"), ("", "Alone")]
+    found = model.loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True)
+    for (context, continuation), (total, greedy) in zip(pairs, found, strict=True):
+        ids = encode(context + continuation)
+        expected, likeliest = loglikelihood(tiny_llama, ids, len(encode(context)))
+        # float32 sums in another order: 1e-6 of logits of order ten, a dozen tokens
+        assert total == pytest.approx(expected, abs=2e-4)
+        assert greedy == likeliest
+    best = int(model.runtime.vocabulary)
+    assert best == 258
+
+
+@needs_lm_eval
+def test_a_greedy_continuation_is_found_greedy(tiny_llama: Path, model: Any) -> None:
+    from everybit.engine.generate import generate
+    from everybit.engine.sampling import Sampling
+
+    prompt = model.tok_encode("Once")
+    model._cached = []
+    tokens = list(generate(model.runtime, prompt, Sampling(temperature=0), 5))
+    assert model._score(prompt, tokens)[1] is True
+    assert model._score(prompt, [*tokens[:-1], (tokens[-1] + 1) % 258])[1] is False
+
+
+@needs_lm_eval
+def test_what_is_longer_than_the_context_is_cut_at_the_left(tiny_llama: Path, model: Any) -> None:
+    ids = Tokenizer.open(tiny_llama).encode("x" * 300)
+    context, continuation = ids[:-4], ids[-4:]
+    assert len(context) > model.runtime.context == 128
+    kept = ids[-129:]
+    expected, _ = loglikelihood(tiny_llama, kept, len(kept) - 4)
+    assert model._score(context, continuation)[0] == pytest.approx(expected, abs=2e-4)
+
+
+@needs_lm_eval
+def test_rolling_scores_every_token_once(tiny_llama: Path, model: Any) -> None:
+    text = "Many words that are said again and again, until they are too many. " * 4
+    ids = Tokenizer.open(tiny_llama).encode(text)
+    assert len(ids) > 2 * 128
+    # lm-eval's windows: the first 128 tokens after BOS, the next 128 after the one before them, and the rest with as
+    # much context as fits.
+    first, _ = loglikelihood(tiny_llama, ids[:129], 1)
+    second, _ = loglikelihood(tiny_llama, ids[128:257], 1)
+    third, _ = loglikelihood(tiny_llama, ids[-129:], 129 - (len(ids) - 257))
+    (found,) = model.loglikelihood_rolling([Request(text)])
+    assert found == pytest.approx(first + second + third, abs=2e-3)
+
+
+@needs_lm_eval
+def test_generation_stops_before_the_stop_string(model: Any) -> None:
+    from everybit.engine.generate import generate
+    from everybit.engine.sampling import Sampling
+
+    (whole,) = model.generate_until([Request("Once", {"until": [], "max_gen_toks": 30})])
+    stop = next(character for character in whole if character != whole[0])
+    (cut,) = model.generate_until([Request("Once", {"until": [stop, "never"], "max_gen_toks": 30})])
+    assert cut == whole[: whole.index(stop)] != ""
+    assert model.generate_until([Request("Once", {"until": stop})] * 2) == [cut, cut]  # room for 123 of 256 tokens
+    (long,) = model.generate_until([Request("x" * 300, {"max_gen_toks": 100})])
+    kept = model.tok_encode("x" * 300)[-64:]  # half of the context
+    expected = list(generate(model.runtime, kept, Sampling(temperature=0), 64, None, model.text.eos_ids))
+    stream = model.text.stream(kept)
+    assert long == "".join(map(stream.add, expected)) + stream.finish()
+
+
+@needs_lm_eval
+def test_local_tasks_are_scored_as_by_hand(tiny_llama: Path, model: Any, data: Path) -> None:
+    from everybit.integrations.lm_eval import evaluate_tasks, load_tasks
+
+    scores = {(s.task, s.metric): s for s in evaluate_tasks(model, load_tasks(list(FILES), data))}
+    encode = Tokenizer.open(tiny_llama).encode
+
+    def of(context: str, continuation: str) -> float:
+        start = len(encode(context)) if context else 1
+        return loglikelihood(tiny_llama, encode(context + continuation), start)[0]
+
+    right, norm = [], []
+    for sample in QUESTIONS:
+        prompt = sample["query"] + ("\nAnswer:" if sample["query"].startswith("Question") else "")
+        totals = [of(prompt, f" {choice}") for choice in sample["choices"]]
+        right.append(int(np.argmax(totals)) == sample["gold"])
+        norm.append(int(np.argmax(np.divide(totals, [len(c) for c in sample["choices"]]))) == sample["gold"])
+    acc = scores["mini", "acc"]
+    assert (acc.value, acc.samples) == (pytest.approx(np.mean(right)), 3)
+    assert acc.stderr == pytest.approx(np.std(right, ddof=1) / 3**0.5)
+    assert scores["mini", "acc_norm"].value == pytest.approx(np.mean(norm))
+
+    words = [of(sample["context"], " " + sample["continuation"]) for sample in FILES["last_word"]]
+    assert scores["last_word", "perplexity"].value == pytest.approx(np.exp(-np.mean(words)), rel=1e-3)
+
+    (who,) = {json.dumps(sample) for sample in FILES["who"]}
+    options = [of(option, " ran.") for option in json.loads(who)["context_options"]]
+    assert scores["who", "acc"].value == float(np.argmax(options) == 1)
+    pair = FILES["pairs"][0]
+    assert scores["pairs", "acc"].value == float(of("", pair["good"]) > of("", pair["bad"]))
+
+
+@needs_lm_eval
+def test_the_command_scores_every_precision_and_the_float_model(
+    overlay: str, tiny_llama: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["eval", overlay, "--tasks", "mini,pairs", "--tasks-data", str(data), "--threads", "1"]
+    assert main([*given, "--reference", str(tiny_llama), "--limit", "2", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 1
+    tasks = json.loads(out)["tasks"]
+    assert [row["bits"] for row in tasks["rows"]] == [2, 8]
+    for scores in (tasks["float"], *(row["scores"] for row in tasks["rows"])):
+        assert [(s["task"], s["metric"], s["samples"]) for s in scores] == [
+            ("mini", "acc", 2),
+            ("mini", "acc_norm", 2),
+            ("pairs", "acc", 2),
+        ]
+    (data / "text.txt").write_text("Once upon a time.\n" * 20)
+    assert main([*given, "--text", str(data / "text.txt"), "--bits", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "perplexity" in shown
+    assert ["mini", "acc", "3"] in [line.split()[:3] for line in shown.splitlines()]
+    assert "standard errors in brackets" in shown
+
+
+@needs_lm_eval
+def test_unknown_tasks_are_refused(overlay: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", overlay, "--tasks", "no_such_task_at_all"]) == 2
+    assert "lm-eval cannot load them" in capsys.readouterr().err.splitlines()[-1]
+
+
+@needs_lm_eval
+def test_blimp_as_measured_independently(shared_data: Path) -> None:
+    """Share of pairs whose good sentence is likelier: 0.5315 for stories260k (shared data's README)."""
+    from everybit.integrations.lm_eval import EverybitLM, evaluate_tasks, load_tasks
+
+    folder = shared_data / "models" / "stories260k"
+    with Runtime.open(folder, mode="exact", kv_dtype="float32") as runtime:
+        model = EverybitLM(runtime, Tokenizer.open(folder), progress=False)
+        (score,) = evaluate_tasks(model, load_tasks(["blimp_100"], shared_data / "tasks"))
+    assert score.samples == 6700
+    assert score.value == pytest.approx(0.5315, abs=0.5e-4 + 1 / 6700)  # as printed, and one pair that is a near tie
