@@ -18,19 +18,19 @@ void bind_solve_guided(const Array<const float, 2>& weights, const Array<const f
                        const std::vector<int>& bits, const std::vector<float>& importance, int rounds, int sweeps,
                        const Array<std::uint8_t, 2>& codes, const std::vector<Bytes>& tables,
                        const Array<float, 1>& scales, const std::optional<Bytes>& centres,
-                       const std::optional<Array<std::uint8_t, 2>>& ladders, const std::optional<Array<float, 1>>& steps,
-                       const Array<double, 2>& losses, int threads) {
+                       const std::optional<Array<std::uint8_t, 2>>& ladders,
+                       const std::optional<Array<float, 1>>& steps, int threads) {
   using everybit::kCells;
   const std::size_t rows = weights.shape(0), columns = weights.shape(1), groups = hessians.shape(0);
   require(columns >= 1, "a row needs at least one weight");
-  require(hessians.shape(1) == columns && hessians.shape(2) == columns && groups >= 1 && groups <= std::max<std::size_t>(rows, 1),
+  require(hessians.shape(1) == columns && hessians.shape(2) == columns && groups >= 1 &&
+              groups <= std::max<std::size_t>(rows, 1),
           "hessians must be [groups, K, K], with at most one group a row");
   require(codes.shape(0) == rows && codes.shape(1) == columns, "codes must have the weights' shape");
   require(!bits.empty() && bits.front() >= 2 && bits.back() <= everybit::kMaxBits && importance.size() == bits.size(),
           "bits must lie in 2..8, with one importance each");
   require(rounds >= 0 && sweeps >= 0, "rounds and sweeps must not be negative");
-  require(scales.shape(0) == rows && losses.shape(0) == rows && losses.shape(1) == everybit::kMaxBits + 1,
-          "scales must be [N], losses [N, 9]");
+  require(scales.shape(0) == rows, "scales must be [N]");
   everybit::GuidedProblem problem{};
   problem.weights = weights.data();
   problem.hessians = hessians.data();
@@ -43,7 +43,6 @@ void bind_solve_guided(const Array<const float, 2>& weights, const Array<const f
   problem.threads = threads;
   problem.codes = codes.data();
   problem.scales = scales.data();
-  problem.losses = losses.data();
   std::size_t low = 0;
   for (std::size_t i = 0; i < bits.size(); ++i) {
     require(i == 0 || bits[i - 1] < bits[i], "bits must ascend");
@@ -70,6 +69,5 @@ void bind_solve_guided(const Array<const float, 2>& weights, const Array<const f
 void bind_guided(nb::module_& m) {
   m.def("solve_guided", &bind_solve_guided, "weights"_a.noconvert(), "hessians"_a.noconvert(), "bits"_a, "importance"_a,
         "rounds"_a, "sweeps"_a, "codes"_a.noconvert(), "tables"_a.noconvert(), "scales"_a.noconvert(),
-        "centres"_a.noconvert().none(), "ladders"_a.noconvert().none(), "steps"_a.noconvert().none(),
-        "losses"_a.noconvert(), "threads"_a);
+        "centres"_a.noconvert().none(), "ladders"_a.noconvert().none(), "steps"_a.noconvert().none(), "threads"_a);
 }

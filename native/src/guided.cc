@@ -102,6 +102,7 @@ class GuidedWorker {
       }
     }
     if (top_ > depth_) {
+      if (importance_[depth_] == 0) importance_[depth_] = importance_[kMaxBits];  // it stands for those above
       gradients_[kMaxBits].resize(columns_);
       free_.resize(columns_);
     }
@@ -114,7 +115,8 @@ class GuidedWorker {
     codes_ = problem_.codes + row * columns_;
     for (std::size_t k = 0; k < columns_; ++k) leaf_[k] = static_cast<std::uint8_t>(codes_[k] >> (top_ - depth_));
     std::fill(target_.begin(), target_.end(), 0.0f);
-    for (std::size_t k = 0; k < columns_; ++k) add_scaled(hessian_ + k * columns_, weights_[k], target_.data(), columns_);
+    for (std::size_t k = 0; k < columns_; ++k)
+      add_scaled(hessian_ + k * columns_, weights_[k], target_.data(), columns_);
     start();
     for (int round = 0; round < problem_.rounds; ++round) {
       fit();
@@ -314,8 +316,8 @@ class GuidedWorker {
     for (int b = kCellBits + 1; b <= top_; ++b) {
       const std::size_t n = std::size_t{1} << (b - kCellBits);
       for (std::size_t i = 0; i < std::size_t{1} << b; ++i)
-        values_[b][i] = static_cast<float>(centres_[i / n]) +
-                        step_ * static_cast<float>(ladders_[i / n] * grid(i % n, b));
+        values_[b][i] =
+            static_cast<float>(centres_[i / n]) + step_ * static_cast<float>(ladders_[i / n] * grid(i % n, b));
     }
   }
 
@@ -391,7 +393,7 @@ class GuidedWorker {
         codes_[k] = static_cast<std::uint8_t>(best);
       }
     }
-    write(rest > 0);
+    write();
   }
 
   static std::size_t nearest(const float* values, std::size_t n, float target) {
@@ -401,19 +403,14 @@ class GuidedWorker {
     return best;
   }
 
-  void write(bool finished) const {
+  void write() const {
     const float inverse = scale_ > 0 ? 1.0f / scale_ : 0.0f;
     problem_.scales[row_] = scale_;
     for (const int b : problem_.bits) {
+      if (b > kCellBits) break;
       const std::size_t n = std::size_t{1} << b;
-      if (b <= kCellBits)
-        for (std::size_t i = 0; i < n; ++i)
-          problem_.tables[b][row_ * n + i] = static_cast<std::int8_t>(std::lrint(values_[b][i] * inverse));
-      const std::vector<float>& gradient = gradients_[b <= depth_ ? b : kMaxBits];
-      double loss = 0;
-      for (std::size_t k = 0; k < columns_; ++k)
-        loss += static_cast<double>(gradient[k]) * (weights_[k] - values_[b][codes_[k] >> (top_ - b)]);
-      problem_.losses[row_ * (kMaxBits + 1) + static_cast<std::size_t>(b)] = b <= depth_ || (finished && b == top_) ? loss : 0;
+      for (std::size_t i = 0; i < n; ++i)
+        problem_.tables[b][row_ * n + i] = static_cast<std::int8_t>(std::lrint(values_[b][i] * inverse));
     }
     if (!cells_) return;
     problem_.steps[row_] = step_;
@@ -437,7 +434,8 @@ class GuidedWorker {
   std::vector<float> target_;  // H w
   std::vector<std::uint8_t> leaf_;
   std::vector<float> leaf_rows_;  // [leaf, columns]: the sum of H's rows by leaf
-  std::array<std::vector<float>, kMaxBits + 1> gradients_;  // [b]: H e_b; the last: of free_, at the end of the top precision
+  std::array<std::vector<float>, kMaxBits + 1>
+      gradients_;            // [b]: H e_b; the last: of free_, at the end of the top precision
   std::vector<float> free_;  // what each weight would be with all the bits in the world beyond its leaf
   std::array<double, kMostLeaves * kMostLeaves> products_{};  // S'HS
   std::array<double, kMostLeaves> moments_{};                 // S'Hw

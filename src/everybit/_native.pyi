@@ -33,6 +33,21 @@ def solve_cells(
     steps: Sequence[NDArray[np.float32]],
     threads: int,
 ) -> None: ...
+def solve_guided(
+    weights: NDArray[np.float32],
+    hessians: NDArray[np.float32],
+    bits: Sequence[int],
+    importance: Sequence[float],
+    rounds: int,
+    sweeps: int,
+    codes: NDArray[np.uint8],
+    tables: Sequence[NDArray[np.int8]],
+    scales: NDArray[np.float32],
+    centres: NDArray[np.int8] | None,
+    ladders: NDArray[np.uint8] | None,
+    steps: NDArray[np.float32] | None,
+    threads: int,
+) -> None: ...
 def find_bad_row(values: NDArray[np.float32], refuse_negative: bool, threads: int) -> int: ...
 
 # The engine (native/src/bind_engine.cc).

@@ -10,7 +10,7 @@ import torch
 
 import everybit
 from everybit.formats import Overlay
-from everybit.quantize.sensitivity import every_expert
+from everybit.quantize.statistics import every_expert
 from tests.e2e.architectures import FAMILIES, make
 
 IDS = torch.tensor([[1, 5, 9, 33, 70, 12, 8, 41]])

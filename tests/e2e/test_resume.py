@@ -18,9 +18,9 @@ TEXT = "The quick brown fox jumps over the lazy dog while nobody is looking. " *
 # Runs the real quantizer in its own process and kills it, as kill -9 does, at its n-th write, sync or rename.
 RUN = """
 import os, signal, sys
-import everybit.quantize.sensitivity as sensitivity
+import everybit.quantize.statistics as statistics
 model, out, text, stop = sys.argv[1:]
-sensitivity.SAVE_EVERY_S = 0.0  # save after every sequence, so that kills fall between saves too
+statistics.SAVE_EVERY_S = 0.0  # save after every sequence, so that kills fall between saves too
 left = int(stop)
 def counted(call):
     def wrapper(*args, **kwargs):

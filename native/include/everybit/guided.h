@@ -23,7 +23,6 @@ struct GuidedProblem {
   std::int8_t* centres;                              // [rows, 16], times the scale; null where no precision is above 4
   std::uint8_t* ladders;                             // [rows, 16], 1..8
   float* steps;                                      // [rows], each a bfloat16
-  double* losses;                                    // [rows, kMaxBits + 1]: e'He at each precision of bits
 };
 
 void solve_guided(const GuidedProblem& problem);

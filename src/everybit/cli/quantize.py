@@ -26,10 +26,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--calibration",
         default="none",
-        metavar="FILE|self|none",
-        help="text that tells which weights matter: a UTF-8 file, text the model writes itself, or none (default)",
+        metavar="FILE|self|random|none",
+        help="which weights matter: a UTF-8 text file, text the model writes itself, random tokens, or none (default)",
     )
-    parser.add_argument("--solver", choices=("tree", "upscale", "uniform"), default="tree")
+    parser.add_argument(
+        "--solver",
+        choices=("guided", "tree", "upscale", "uniform"),
+        help="guided (the default with calibration) corrects each weight's error in the others; the rest do not",
+    )
+    parser.add_argument("--no-tune", action="store_true", help="leave tables as the solver made them")
+    parser.add_argument("--tune-steps", type=int, metavar="N", help="for each precision, at most (default 60)")
+    parser.add_argument("--statistics", metavar="FOLDER", help="keep what calibration measured, for the next run")
     parser.add_argument(
         "--ignore", action="append", default=[], metavar="REGEX", help="leave matching modules as they are (repeatable)"
     )
@@ -75,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         "calibration_length": args.calibration_length,
         "codebook": args.codebook,
         "table_dtype": args.table_dtype,
+        "tune_steps": args.tune_steps,
+        "statistics": args.statistics,
     }
     options = {name: value for name, value in given.items() if value is not None}
     for name in options:
@@ -84,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
             raise SourceError(f"{option} has no effect without calibration: give --calibration FILE or self as well")
         if of_codebooks and args.solver == "uniform":
             raise SourceError(f"{option} has no effect with --solver uniform, which stores no tables: drop it")
+    if args.no_tune and args.tune_steps is not None:
+        raise SourceError("--tune-steps has no effect with --no-tune: drop one of them")
     report = quantize(
         args.model,
         args.out,
@@ -94,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         override,
         seed=args.seed,
         threads=args.threads,
+        tune=False if args.no_tune else None,
         dry_run=args.dry_run,
         resume=args.resume,
         **options,
@@ -117,6 +129,11 @@ def describe(report: QuantizeReport) -> str:
     ):
         if names:
             lines.append(f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
+    for bits, tuned in report.tuned.items():
+        gain = f"KL {tuned.before:.3g} -> {tuned.after:.3g} on calibration text held out of it, {tuned.steps} steps"
+        lines.append(f"tuned {bits} bits: {gain}")
+    if report.untuned not in (None, "switched off", "no calibration"):
+        lines.append(f"tables are not tuned: {report.untuned}")
     if report.dry_run:
         lines.append(f"dry run: nothing was written to {report.out}")
     else:

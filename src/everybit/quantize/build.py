@@ -1,4 +1,4 @@
-"""Build an overlay from a model folder: discover, measure sensitivity, solve layer by layer, write, rename.
+"""Build an overlay from a model folder: discover, measure, solve layer by layer, tune, write, rename.
 
 Everything is written into `OUT.partial`; OUT appears by a rename when it is complete. A killed run goes on with
 `resume=True` and ends in the same bytes, because the layout is fixed in advance, every parameter is solved
@@ -7,10 +7,11 @@ independently with its own seed, and nothing that is written depends on the cloc
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,33 @@ from everybit.errors import SourceError
 from everybit.formats import OverlayWriter, QuantizationConfig, TensorSpec, WeightSpec, check_bits
 from everybit.formats.sizes import SizeReport
 from everybit.quantize import calibrate
+from everybit.quantize.calibrate import Calibrated
 from everybit.quantize.card import model_card
 from everybit.quantize.discover import Target, discover
-from everybit.quantize.encode import encode, matrices, plain
-from everybit.quantize.sensitivity import SensitivityFile, accumulate
-from everybit.quantize.solvers import KINDS, codebook_kind
-from everybit.quantize.source import FLOATS, Source, load_float, load_tokenizer, resolve
-from everybit.quantize.workspace import STATISTICS, copy_side_files, free_output, new_folder, promote, writable
+from everybit.quantize.encode import encode, matrices, plain, solve_parameter
+from everybit.quantize.solutions import SolutionFiles
+from everybit.quantize.solvers import KINDS, Solution, codebook_kind
+from everybit.quantize.source import FLOATS, Source, resolve
+from everybit.quantize.statistics import Statistics, measure
+from everybit.quantize.tuning import STEPS, TunedBits, memory_bytes, tunable, tune_tables, tuned
+from everybit.quantize.workspace import (
+    WORK,
+    copy_side_files,
+    free_output,
+    new_folder,
+    promote,
+    statistics_folder,
+    writable,
+)
 
+GROUPS = 4  # of output rows that share a Hessian: those of single rows are 3 to 10 % better and do not scale
 TABLE_DTYPES = {"float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was (or with a dry run would be) written: sizes, what was left alone and why, what calibration missed."""
+    """What was (or with a dry run would be) written: sizes, what was left alone and why, what calibration missed, and
+    what tuning did at each precision (or, in `untuned`, why there was none)."""
 
     out: Path
     sizes: SizeReport
@@ -42,6 +56,8 @@ class QuantizeReport:
     unreached: list[str]
     zeros: list[str]
     dry_run: bool
+    tuned: dict[int, TunedBits] = field(default_factory=dict)
+    untuned: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -51,6 +67,8 @@ class QuantizeReport:
             "left": self.left,
             "unreached": self.unreached,
             "zeros": self.zeros,
+            "tuned": {str(b): asdict(t) for b, t in self.tuned.items()},
+            "untuned": self.untuned,
         }
 
 
@@ -59,7 +77,7 @@ def quantize(
     out: str | Path,
     bits: Sequence[int] | int = (2, 3, 4, 5, 6, 7, 8),
     calibration: str | Path = "none",
-    solver: str = "tree",
+    solver: str | None = None,
     ignore: Sequence[str] | str = (),
     override: Mapping[str, Sequence[int] | int] | None = None,
     *,
@@ -70,28 +88,40 @@ def quantize(
     table_dtype: str | None = None,
     shard_bytes: int = 2 << 30,
     threads: int = 0,
+    tune: bool | None = None,
+    tune_steps: int = STEPS,
+    statistics: str | Path | None = None,
     dry_run: bool = False,
     resume: bool = False,
     progress: bool = True,
 ) -> QuantizeReport:
     """Quantize a float model once into an overlay that serves every precision in `bits`.
 
-    `model` is a folder or a hub id; `calibration` a text file, `self` (text the model writes) or `none`;
-    `solver` one of tree, upscale, uniform; `ignore` regular expressions of module names to leave alone;
+    `model` is a folder or a hub id; `calibration` a text file, `self` (text the model writes), `random`
+    (tokens) or `none`; `solver` one of guided (the default with calibration and compact codebooks), tree (the default
+    otherwise), upscale, uniform; `ignore` regular expressions of module names to leave alone;
     `override` maps such expressions to their own bits (a layer with bits (6,) is served at 6 bits always), the last
     match wins. `codebook` is `compact` (the default: 58 bytes a row for 2 to 8 bits) or `table` (2^b numbers a row for
-    each b); the solver uniform has its own. `table_dtype` is that of tables, float16
-    (the default) or float32.
+    each b); the solver uniform has its own. `table_dtype` is that of tables, float16 (the default) or float32.
+    `tune` trains the tables of each precision against the float model, `tune_steps` at most; by default where there is
+    calibration, and memory for it. `statistics` is a folder that keeps what calibration measured, for the next run
+    with the same model, text and options.
 
-    Cost: memory of one parameter (with calibration: of the float32 model and its sensitivities as well).
+    Cost: memory of one parameter; with calibration, of the float32 model, its sensitivities and up to 4 GiB of Hessians
+    as well; with tuning, about 14 bytes a parameter and activations.
     Mutates: creates `out`; `out.partial` while it runs.
     Raises: SourceError, PrecisionError, OutputError; nothing appears under `out` then.
     """
     bits = (bits,) if isinstance(bits, int) else bits
     ignore = [ignore] if isinstance(ignore, str) else ignore
+    if solver is None:
+        solver = "tree" if str(calibration) == "none" or codebook == "table" else "guided"
     if solver not in KINDS:
         raise SourceError(f"unknown solver {solver!r}: expected one of {', '.join(KINDS)}")
-    if codebook is not None and KINDS[solver] != "table":
+    if str(calibration) == "none" and (solver == "guided" or tune or statistics is not None):
+        what = "the solver guided" if solver == "guided" else "tuning" if tune else "a statistics folder"
+        raise SourceError(f"{what} needs calibration: give a text file, self or random")
+    if codebook is not None and KINDS[solver] == "affine":
         raise SourceError(
             f"codebook {codebook!r} has no effect with the solver {solver}, whose grid is its own: drop it"
         )
@@ -103,9 +133,10 @@ def quantize(
     table_dtype = table_dtype or "float16"
     if table_dtype not in TABLE_DTYPES:
         raise SourceError(f"unknown table dtype {table_dtype!r}: expected one of {', '.join(TABLE_DTYPES)}")
-    for option, number, most in (("--seed", seed, 2**63 - 1), ("--threads", threads, 1024)):
-        if not 0 <= number <= most:
-            raise SourceError(f"{option} {number}: expected 0 to {most}")
+    limits = (("--seed", seed, 0, 2**63 - 1), ("--threads", threads, 0, 1024), ("--tune-steps", tune_steps, 1, 10**6))
+    for option, number, least, most in limits:
+        if not least <= number <= most:
+            raise SourceError(f"{option} {number}: expected {least} to {most}")
     bits = check_bits(tuple(bits))
     overrides = {
         pattern: check_bits((b,) if isinstance(b, int) else tuple(b), f"override {pattern}")
@@ -128,11 +159,14 @@ def quantize(
     for target in targets:
         own_bits = _bits_of(target, bits, overrides)
         specs[target.name] = WeightSpec(target.name, target.shape, own_bits, kind, target.transposed)
+    tuned_bits = [b for b in bits if any(tunable(spec, spec.served_bits(b)) for spec in specs.values())]
+    untuned = _why_not_tuned(tune, record, source, specs, tuned_bits)
     provenance = {
         "everybit_version": __version__,
         "solver": solver,
         "seed": seed,
         "calibration": record.provenance(),
+        "tuning": {"steps": 0 if untuned else tune_steps},
         "source": {"name": title, "sha256": {} if dry_run else source.checksums(progress)},
     }
     config = {**source.config, "quantization_config": QuantizationConfig(bits, kind, specs, provenance).to_dict()}
@@ -141,16 +175,39 @@ def quantize(
         layout |= specs[name].tensors(lut_dtype) if name in specs else {name: TensorSpec(source.dtype_of(name), shape)}
     sizes = SizeReport.of(specs.values(), bits, layout)
     if dry_run:
-        return QuantizeReport(out, sizes, left, [], [], True)
+        return QuantizeReport(out, sizes, left, [], [], True, untuned=untuned)
 
     zeros: list[str] = []
     unreached: list[str] = []
+    tuning: dict[int, TunedBits] = {}
     with new_folder(partial), OverlayWriter(partial, layout, config, shard_bytes) as writer:
         if not writer.complete:  # else: killed between the last byte and the rename
-            sensitivity, unreached = _measure(source, targets, record, documents, partial / STATISTICS, progress)
-            with tqdm(
-                total=sizes.parameters, unit="w", unit_scale=True, desc="quantizing", disable=not progress
-            ) as bar:
+            work = partial / WORK
+            work.mkdir(exist_ok=True)
+            measured: Statistics | None = None
+            calibrated = Calibrated(source.folder, record, documents, progress)
+            if record.kind != "none":
+                groups = GROUPS if solver == "guided" else 0
+                origin = {"source": provenance["source"], "calibration": provenance["calibration"], "groups": groups}
+                kept = work if statistics is None else statistics_folder(Path(statistics), origin)
+                measured = measure(calibrated, targets, kept / "statistics", groups, progress=progress)
+                unreached = measured.unreached()
+
+            def solved(name: str, tensor: Any) -> list[Solution]:
+                weights = matrices(tensor, specs[name], source.folder)
+                return solve_parameter(specs[name], weights, measured, solver, seed, threads)
+
+            solutions: SolutionFiles | None = None
+            if not untuned:
+                solutions = SolutionFiles(work / "solutions")
+                with writable(partial), _bar(sizes, "solving", progress) as bar:
+                    for name, tensor in source.parameters():
+                        if name in specs:
+                            if solutions.read(specs[name]) is None:
+                                solutions.save(name, solved(name, tensor))
+                            bar.update(specs[name].parameters)
+                tuning = tune_tables(calibrated, specs, solutions, tuned_bits, tune_steps, work, seed, progress)
+            with _bar(sizes, "quantizing" if untuned else "writing", progress) as bar:
                 for name, tensor in source.parameters():
                     spec = specs.get(name)
                     if spec is not None and not tensor.any():
@@ -158,10 +215,10 @@ def quantize(
                     if name not in writer.done:
                         if spec is None:
                             group = {name: plain(name, tensor, source.folder)}
+                        elif solutions is None:
+                            group = encode(spec, solved(name, tensor), lut_dtype)
                         else:
-                            weights = matrices(tensor, spec, source.folder)
-                            importance = sensitivity.read(name) if sensitivity else None
-                            group = encode(spec, weights, importance, solver, lut_dtype, seed, threads)
+                            group = encode(spec, tuned(spec, solutions.must_read(spec), work), lut_dtype)
                         writer.write_group(name, group)
                     bar.update(spec.parameters if spec else 0)
         with writable(partial):
@@ -169,7 +226,11 @@ def quantize(
             (partial / "README.md").write_text(model_card(config, sizes), encoding="utf-8")
         writer.finish()
     promote(partial, out)
-    return QuantizeReport(out, sizes, left, unreached, zeros, False)
+    return QuantizeReport(out, sizes, left, unreached, zeros, False, tuning, untuned)
+
+
+def _bar(sizes: SizeReport, what: str, progress: bool) -> Any:
+    return tqdm(total=sizes.parameters, unit="w", unit_scale=True, desc=what, disable=not progress)
 
 
 def _bits_of(target: Target, default: tuple[int, ...], overrides: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -178,30 +239,25 @@ def _bits_of(target: Target, default: tuple[int, ...], overrides: dict[str, tupl
     return found[-1] if found else default
 
 
-def _measure(
-    source: Source,
-    targets: list[Target],
+def _why_not_tuned(
+    wanted: bool | None,
     record: calibrate.Calibration,
-    documents: list[str] | None,
-    path: Path,
-    progress: bool,
-) -> tuple[SensitivityFile | None, list[str]]:
+    source: Source,
+    specs: Mapping[str, WeightSpec],
+    tuned_bits: Sequence[int],
+) -> str | None:
+    """None where tables are to be tuned. Raises: SourceError where that was asked for and cannot be"""
+    if wanted is False:
+        return "switched off"
+    why = None
+    needed = memory_bytes(sum(math.prod(s) for s in source.shapes.values()), specs)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if record.kind == "none":
-        return None, []
-    if (finished := SensitivityFile.finished(path)) is not None:  # before a kill; the journal vouches for the options
-        return finished, finished.unreached()
-    tokenizer, model = load_tokenizer(source.folder), load_float(source.folder)
-    model.requires_grad_(False)
-    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", record.length))
-    if documents is None:
-        sequences = calibrate.self_sequences(model, tokenizer, record, context, progress)
-    else:
-        sequences = calibrate.text_sequences(tokenizer, documents, record, context)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if (highest := max(int(s.max()) for s in sequences)) >= vocabulary:
-        raise SourceError(
-            f"{source.folder}: the tokenizer gives token {highest}, the model knows {vocabulary}: "
-            "they do not belong together; fix the folder or use --calibration none"
-        )
-    statistics = accumulate(model, targets, sequences, path, progress)
-    return statistics, statistics.unreached()
+        why = "no calibration"
+    elif not tuned_bits:
+        why = "no precision has tables (compact codebooks have them up to 4 bits, those of uniform none)"
+    elif needed > 0.8 * there:
+        why = f"it needs about {needed / 1e9:.0f} GB of memory, this machine has {there / 1e9:.0f} GB"
+    if wanted and why:
+        raise SourceError(f"tables cannot be tuned: {why}; drop the wish for it")
+    return why

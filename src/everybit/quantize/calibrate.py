@@ -1,9 +1,10 @@
-"""Calibration sequences: windows of a text file, or of text that the model itself writes."""
+"""Calibration sequences: windows of a text file, text that the model itself writes, or random tokens."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from everybit.errors import SourceError
+from everybit.quantize.source import load_float, load_tokenizer
 from everybit.texts import read_documents
 
 MINIMUM_TOKENS = 64  # below this a squared gradient is an anecdote, not a statistic
@@ -22,7 +24,7 @@ MINIMUM_TOKENS = 64  # below this a squared gradient is an anecdote, not a stati
 class Calibration:
     """Where the sequences come from, written into the overlay as provenance.
 
-    `kind` is `none`, `self` or `text`; `file` is the name (not the path) and `sha256` the digest of the text.
+    `kind` is `none`, `self`, `random` or `text`; `file` is the name (not the path) and `sha256` the digest of the text.
     """
 
     kind: str
@@ -39,14 +41,14 @@ class Calibration:
 
 
 def describe(calibration: str | Path, sequences: int, length: int, seed: int) -> tuple[Calibration, list[str] | None]:
-    """The calibration record and the documents it names (None for `none` and `self`).
+    """The calibration record and the documents it names (None for all but `text`).
 
     Raises: SourceError when the file is missing, empty or not UTF-8, or a count is not positive.
     """
     for option, value, least in (("--calibration-sequences", sequences, 1), ("--calibration-length", length, 2)):
         if value < least:
             raise SourceError(f"{option} {value}: expected {least} or more")
-    if str(calibration) in ("none", "self"):
+    if str(calibration) in ("none", "self", "random"):
         return Calibration(str(calibration), sequences=sequences, length=length, seed=seed), None
     path = Path(calibration).expanduser()
     documents = read_documents(path)
@@ -109,3 +111,44 @@ def self_sequences(
     finally:
         torch.random.set_rng_state(state)
     return sequences
+
+
+def random_sequences(record: Calibration, vocabulary: int, context: int) -> list[torch.Tensor]:
+    """Tokens drawn uniformly from the vocabulary: what a model is calibrated with when it has no text at all."""
+    shape = (record.sequences, 1, min(record.length, context))
+    return list(torch.from_numpy(np.random.default_rng(record.seed).integers(0, vocabulary, shape)))
+
+
+class Calibrated:
+    """The float model and its calibration sequences, made when they are first asked for.
+
+    Raises: SourceError
+    """
+
+    def __init__(self, folder: Path, record: Calibration, documents: list[str] | None, progress: bool = True) -> None:
+        self._folder, self._record, self._documents, self._progress = folder, record, documents, progress
+
+    @cached_property
+    def model(self) -> Any:
+        """In float32, nothing of it trainable."""
+        return load_float(self._folder).requires_grad_(False)
+
+    @cached_property
+    def sequences(self) -> list[torch.Tensor]:
+        """Each [1, T]."""
+        record, folder = self._record, self._folder
+        context = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", record.length))
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        if record.kind == "random":
+            return random_sequences(record, vocabulary, context)
+        tokenizer = load_tokenizer(folder)
+        if self._documents is None:
+            sequences = self_sequences(self.model, tokenizer, record, context, self._progress)
+        else:
+            sequences = text_sequences(tokenizer, self._documents, record, context)
+        if (highest := max(int(s.max()) for s in sequences)) >= vocabulary:
+            raise SourceError(
+                f"{folder}: the tokenizer gives token {highest}, the model knows {vocabulary}: "
+                "they do not belong together; fix the folder or use --calibration none"
+            )
+        return sequences

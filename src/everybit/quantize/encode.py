@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,7 +13,11 @@ from numpy.typing import NDArray
 from everybit.errors import EverybitError, SourceError
 from everybit.formats import WeightSpec
 from everybit.kernels import pack_planes
-from everybit.quantize.solvers import solve
+from everybit.quantize.solvers import Solution, solve
+from everybit.quantize.solvers.guided import solve_guided
+
+if TYPE_CHECKING:  # it needs transformers, whose import may be what imports this file
+    from everybit.quantize.statistics import Statistics
 
 Array = NDArray[np.generic]
 
@@ -24,31 +29,48 @@ def matrices(tensor: torch.Tensor, spec: WeightSpec, folder: Path) -> list[NDArr
     return [np.ascontiguousarray((m.T if spec.transposed else m).float().numpy()) for m in found]
 
 
-def encode(
+def solve_parameter(
     spec: WeightSpec,
     weights: list[NDArray[np.float32]],
-    importance: NDArray[np.float32] | None,
+    statistics: Statistics | None,
     solver: str,
-    lut_dtype: str,
     seed: int,
     threads: int,
-) -> dict[str, Array]:
-    """Solve, pack and collect planes and codebooks by tensor name.
+) -> list[Solution]:
+    """One solution for each matrix of a parameter. Shapes: weights one f32[N, K] per expert
 
-    Shapes: weights one f32[N, K] per expert; importance f32 of the stored shape or None
-    Raises: SourceError when a value overflows the tables' dtype; whatever the solver raises, with the name
+    Raises: whatever the solver raises, with the name
     """
-    layout = spec.tensors(lut_dtype)
-    experts = len(weights)
-    arrays = {name: np.empty((experts, spec.rows // experts, t.shape[-1]), t.numpy) for name, t in layout.items()}
-    shares = [None] * experts if importance is None else list(importance.reshape(experts, *weights[0].shape))
+    sensitivities: list[NDArray[np.float32]] | list[None] = [None] * len(weights)
+    hessians: list[NDArray[np.float32]] | list[None] = [None] * len(weights)
+    if statistics is not None:
+        shape = (len(weights), *weights[0].shape)
+        sensitivities = list(np.ascontiguousarray(statistics.sensitivity(spec.name)).reshape(shape))
+        if solver == "guided" and (found := statistics.hessian(spec.name)) is not None:
+            hessians = list(found.reshape(len(weights), *found.shape[-3:]))
     own_seed = seed ^ int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:4], "little")
-    for e in range(experts):
+    solutions = []
+    for e, (matrix, sensitivity, hessian) in enumerate(zip(weights, sensitivities, hessians, strict=True)):
         try:
-            kind = spec.codebook if spec.codebook == "compact" else "table"
-            solution = solve(weights[e], shares[e], spec.bits, solver, own_seed + e, threads, kind)
+            if hessian is not None:
+                solutions.append(solve_guided(matrix, hessian, sensitivity, spec.bits, threads))
+            else:
+                kind = spec.codebook if spec.codebook == "compact" else "table"
+                solutions.append(solve(matrix, sensitivity, spec.bits, solver, own_seed + e, threads, kind))
         except EverybitError as error:
             raise type(error)(f"{spec.name}: {error}") from error
+    return solutions
+
+
+def encode(spec: WeightSpec, solutions: list[Solution], lut_dtype: str) -> dict[str, Array]:
+    """Pack, and collect planes and codebooks by tensor name.
+
+    Raises: SourceError when a value overflows the tables' dtype
+    """
+    layout = spec.tensors(lut_dtype)
+    experts = len(solutions)
+    arrays = {name: np.empty((experts, spec.rows // experts, t.shape[-1]), t.numpy) for name, t in layout.items()}
+    for e, solution in enumerate(solutions):
         for k, plane in enumerate(pack_planes(solution.codes, spec.planes)):
             arrays[spec.plane_name(k)][e] = plane
         for name, part in spec.codebook_parts().items():
@@ -58,8 +80,9 @@ def encode(
             stored = {suffix: arrays[name][e] for suffix, name in spec.codebook_names(b).items()}
             if not np.isfinite(spec.book.expand(stored, b)).all():
                 dtype = "compact" if spec.codebook == "compact" else str(next(iter(stored.values())).dtype)
+                most = np.nanmax(np.abs(solution.table_at(b)))
                 raise SourceError(
-                    f"{spec.name}: weights up to {np.abs(weights[e]).max():.3g} overflow a {dtype} codebook: use "
+                    f"{spec.name}: values up to {most:.3g} overflow a {dtype} codebook: use "
                     f"{'--codebook table ' if dtype == 'compact' else ''}--table-dtype float32, or rescale the layer"
                 )
     return {name: array.reshape(layout[name].shape) for name, array in arrays.items()}

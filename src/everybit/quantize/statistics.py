@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -76,10 +76,21 @@ class Statistics:
         return self._tensor(name + HESSIAN) if name + HESSIAN in self._file_of else None
 
 
+class Calibrated(Protocol):
+    """A float32 model and the sequences to run it on; neither is touched where a finished file says it all."""
+
+    @property
+    def model(self) -> Any:
+        """With every target as a parameter."""
+
+    @property
+    def sequences(self) -> list[torch.Tensor]:
+        """Each [1, T]."""
+
+
 def measure(
-    model: Any,
+    calibrated: Calibrated,
     targets: list[Target],
-    sequences: list[torch.Tensor],
     path: Path,
     groups: int = 0,
     memory_bytes: int = 4 << 30,
@@ -87,9 +98,10 @@ def measure(
 ) -> Statistics:
     """Run the passes, or the rest of them. `groups` = 0 measures the diagonal only.
 
-    Needs: a float32 model with every target as a parameter. Cost: a forward and backward per sequence and pass; memory
-    of the model, one gradient, the sums and at most `memory_bytes` of Hessians (or one matrix's, if that is more).
-    Mutates: `path` and, with more than one pass, `path`.1, `path`.2, ...
+    Needs: a `path` that belongs to this model and these sequences.
+    Cost: a forward and backward per sequence and pass; memory of the model, one gradient, the sums and at most
+    `memory_bytes` of Hessians (or one matrix's, if that is more).
+    Mutates: `path` and, with more than one pass, `path`.1, `path`.2, ... A finished file is taken as it is.
     Raises: SourceError on a non-finite loss or gradient, naming the parameter.
     """
     waves: list[list[Target]] = [[]]
@@ -104,7 +116,11 @@ def measure(
     paths = [path if i == 0 else path.with_name(f"{path.name}.{i}") for i in range(len(waves))]
     for i, (wave, file) in enumerate(zip(waves, paths, strict=True)):
         name = "statistics" if len(waves) == 1 else f"statistics {i + 1}/{len(waves)}"
-        _pass(model, wave, sequences, file, groups, tqdm_name=name, progress=progress)
+        names = hashlib.sha256("\n".join(t.name for t in wave).encode()).hexdigest()
+        state = _state(file)
+        if state is None or (state["names"], state["groups"]) != (names, groups) or state["done"] < state["sequences"]:
+            identity = {"names": names, "groups": groups}
+            _pass(calibrated.model, wave, calibrated.sequences, file, identity, name, progress)
     return Statistics(paths)
 
 
@@ -118,13 +134,13 @@ def _pass(
     targets: list[Target],
     sequences: list[torch.Tensor],
     path: Path,
-    groups: int,
-    tqdm_name: str,
+    identity: dict[str, Any],
+    title: str,
     progress: bool,
 ) -> None:
+    groups = identity["groups"]
     fingerprint = hashlib.sha256(b"".join(s.numpy().tobytes() for s in sequences)).hexdigest()
-    names = hashlib.sha256("\n".join(t.name for t in targets).encode()).hexdigest()
-    identity = {"fingerprint": fingerprint, "names": names, "groups": groups, "sequences": len(sequences)}
+    identity = {**identity, "fingerprint": fingerprint, "sequences": len(sequences)}
     done, sums = _resume(path, identity)
     parameters = {t.name: model.get_parameter(t.name) for t in targets}
     for t in targets:
@@ -146,7 +162,7 @@ def _pass(
             stack.enter_context(every_expert(model))
             stack.enter_context(_Tapping(taps))
             bar = stack.enter_context(
-                tqdm(total=len(sequences), initial=done, desc=tqdm_name, unit="seq", disable=not progress)
+                tqdm(total=len(sequences), initial=done, desc=title, unit="seq", disable=not progress)
             )
             for ids in sequences[done:]:
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -188,7 +204,7 @@ class _Tap:
                 total[g].addmm_((inputs * squares[:, begin:end].mean(dim=1, keepdim=True)).T, inputs)
 
         if z.requires_grad and len(inputs):
-            z.register_hook(add)
+            z.register_hook(add)  # type: ignore[no-untyped-call]
 
 
 class _Tapping(TorchFunctionMode):

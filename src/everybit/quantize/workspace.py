@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from everybit.errors import FormatError, OutputError, ShapeError, SourceError
 from everybit.formats.files import open_inside
 
-STATISTICS = "sensitivity.part"  # not *.safetensors: it is no part of the overlay
+WORK = "work.part"  # a folder for statistics, solutions and tuned tables: no part of the overlay
 SIDE_FILES = (  # what a tokenizer and `generate` read; everything else in a model folder is left behind
     "tokenizer.json",
     "tokenizer_config.json",
@@ -69,10 +72,20 @@ def new_folder(partial: Path) -> Iterator[None]:
 def promote(partial: Path, out: Path) -> None:
     """The finished partial folder becomes `out`. Raises: OutputError"""
     with writable(out):
-        (partial / STATISTICS).unlink(missing_ok=True)
+        shutil.rmtree(partial / WORK, ignore_errors=True)
         if out.is_dir():
             out.rmdir()  # an empty folder that the user made
         os.rename(partial, out)
+
+
+def statistics_folder(folder: Path, origin: Mapping[str, Any]) -> Path:
+    """The part of `folder` that belongs to this model and calibration; a file there says which. Raises: OutputError"""
+    text = json.dumps(origin, sort_keys=True, indent=1)
+    own = folder.expanduser() / hashlib.sha256(text.encode()).hexdigest()[:16]
+    with writable(own):
+        own.mkdir(parents=True, exist_ok=True)
+        (own / "origin.json").write_text(text, encoding="utf-8")
+    return own
 
 
 @contextmanager

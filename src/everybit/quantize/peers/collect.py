@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from everybit.errors import SourceError
 from everybit.quantize import calibrate
+from everybit.quantize.build import GROUPS
+from everybit.quantize.calibrate import Calibrated
 from everybit.quantize.discover import Target
 from everybit.quantize.peers.method import F32, UnfitError
-from everybit.quantize.source import Source, load_float, load_tokenizer
+from everybit.quantize.source import Source
 from everybit.quantize.statistics import measure
 
 
@@ -117,18 +118,11 @@ def collect(
     """
     if not needs:
         return Collected(None, None)
-    tokenizer, model = load_tokenizer(source.folder), load_float(source.folder)
-    model.requires_grad_(False)
-    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", record.length))
-    sequences = calibrate.text_sequences(tokenizer, documents, record, context)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if (highest := max(int(s.max()) for s in sequences)) >= vocabulary:
-        raise SourceError(
-            f"{source.folder}: the tokenizer gives token {highest}, the model knows {vocabulary}: "
-            "they do not belong together"
-        )
-    hessians = InputHessians(model, targets, sequences, progress) if "hessian" in needs else None
+    calibrated = Calibrated(source.folder, record, documents, progress)
+    hessians = InputHessians(calibrated.model, targets, calibrated.sequences, progress) if "hessian" in needs else None
     sensitivities = (
-        measure(model, targets, sequences, folder / "statistics", progress=progress) if "sensitivity" in needs else None
+        measure(calibrated, targets, folder / "statistics", GROUPS, progress=progress)
+        if "sensitivity" in needs
+        else None
     )
     return Collected(sensitivities, hessians)

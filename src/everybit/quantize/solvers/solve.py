@@ -22,7 +22,8 @@ Kind = Literal["table", "affine", "compact"]
 Values = NDArray[np.float32]
 
 _NATIVE = {"tree": _native.solve_tree, "upscale": _native.solve_upscale, "uniform": _native.solve_uniform}
-KINDS: dict[str, Kind] = {"tree": "table", "upscale": "table", "uniform": "affine"}
+# The kind a solver's result has before it is made compact; guided (guided.py) makes nothing else.
+KINDS: dict[str, Kind] = {"guided": "compact", "tree": "table", "upscale": "table", "uniform": "affine"}
 
 
 def codebook_kind(solver: str, codebook: str = "compact") -> Kind:
@@ -32,6 +33,8 @@ def codebook_kind(solver: str, codebook: str = "compact") -> Kind:
     """
     if codebook not in ("compact", "table"):
         raise SourceError(f"unknown codebook {codebook!r}: expected compact or table")
+    if solver == "guided" and codebook != "compact":
+        raise SourceError("the solver guided makes compact codebooks only: choose the solver tree for tables")
     return "compact" if KINDS[solver] == "table" and codebook == "compact" else KINDS[solver]
 
 
@@ -89,7 +92,7 @@ def solve(
     Source:  Any-Precision LLM (Park et al., ICML 2024) section 3 for upscale; tree is ours (native/src/tree.cc)
     """
     if solver not in _NATIVE:
-        raise SourceError(f"unknown solver {solver!r}; choose one of {', '.join(KINDS)}")
+        raise SourceError(f"unknown solver {solver!r}; choose one of {', '.join(_NATIVE)}")
     wanted = list(check_bits(list(bits)))
     weights = _matrix(weights, "weights")
     if weights.shape[1] == 0:
