@@ -1,97 +1,149 @@
-"""Quality of every solver and codebook at every precision on one model: KL to the float model, perplexity.
+"""Quality of solvers at every precision on one model: KL to the float model and bits per weight, over several seeds.
 
-    python benchmarks/solver_quality.py MODEL --text FILE --calibration FILE [--solvers tree,upscale,uniform]
-        [--codebooks compact,table]
+    python benchmarks/solver_quality.py MODEL --text FILE --calibration FILE [--methods guided,tree:plain,...] [--seeds 3]
+    python benchmarks/solver_quality.py MODEL --documents FILE     (the first 60 % calibrate, the last 20 % are scored)
 
-The calibration text is one file and the scored text another part: the last documents of --text. Prints a card, then one
-JSON line.
+A method is a solver and its options, joined by colons:
+
+    guided              the default: Hessians, then tables tuned      guided:plain   not tuned
+    tree                tables tuned, no Hessian                      tree:plain     not tuned
+    tree:table:plain    float16 tables at every precision             upscale, uniform (never tuned)
+    ...:each            one overlay for each precision alone, what a method made for that precision reaches
+    original            upscale with float16 tables, its seed 2 bits at 2 bits and 3 above, as Any-Precision LLM
+
+A seed draws other calibration windows (and, for upscale, other clusterings). The scored text is used for no choice.
+Prints a card of medians (and spreads), then one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import everybit
 from everybit import evaluate
 from everybit.formats.files import read_inside
 from everybit.tokenizer import Tokenizer
 
+BITS = (2, 3, 4, 5, 6, 7, 8)
+METHODS = "original,uniform,tree:table:plain,tree:plain,guided:plain,tree,guided"
+
+
+def overlays(method: str, args: argparse.Namespace) -> list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]]:
+    """(bits to quantize to, bits to score, options) of each overlay that a method needs."""
+    solver, *words = method.split(":")
+    options: dict[str, Any] = {"solver": solver, "tune_steps": args.tune_steps}
+    if solver == "original":
+        options = {"solver": "upscale", "codebook": "table"}
+        words.append("plain")
+    if solver in ("upscale", "uniform") or "plain" in words:
+        options["tune"] = False
+    if "table" in words:
+        options["codebook"] = "table"
+    if unknown := set(words) - {"plain", "table", "each"}:
+        raise SystemExit(f"{method}: unknown word {sorted(unknown)[0]!r}, expected plain, table or each")
+    if "each" in words:
+        return [((b,), (b,), options) for b in args.bits]
+    if solver == "original":
+        low, high = tuple(b for b in args.bits if b == 2), tuple(b for b in args.bits if b > 2)
+        found = [((2, *high), low, options)] if low else []
+        return found + ([(tuple(sorted({3, *high})), high, options)] if high else [])
+    return [(BITS, args.bits, options)]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--solvers", default="tree,upscale,uniform")
-    parser.add_argument("--codebooks", default="compact,table", help="of the solvers that have a choice")
-    parser.add_argument("--documents", type=int, default=150, help="score the last N documents of the text")
-    parser.add_argument("--sequences", type=int, default=64, help="calibration sequences of 256 tokens")
-    parser.add_argument("--truncate", action="store_true", help="only the first window of each document")
-    parser.add_argument("--max-tokens", type=int, default=30_000)
+    parser.add_argument("--text", type=Path, help="scored")
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--documents", type=Path, help="one text for both, instead of the two above")
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--bits", type=lambda text: tuple(int(b) for b in text.split(",")), default=BITS)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--sequences", type=int, default=128, help="calibration windows")
+    parser.add_argument("--length", type=int, default=512, help="of each, in tokens")
+    parser.add_argument("--tune-steps", type=int, default=60)
+    parser.add_argument("--max-tokens", type=int, default=24_000)
+    parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
 
-    documents = evaluate.read_documents(args.text)[-args.documents :]
-    context = min(512, evaluate.context_length(json.loads(read_inside(args.model, "config.json"))))
-    reference = evaluate.EngineModel.open(args.model, context)
-    windows = evaluate.windows(
-        Tokenizer.open(args.model), documents, context, truncate=args.truncate, max_tokens=args.max_tokens
-    )
-    result: dict[str, object] = {"model": args.model.name, "tokens": windows.tokens, "rows": []}
-    lines = [["solver", "codebook", "bits", "bpw", "ppl", "KL mean", "KL p99", "top-1"]]
-    choices = [
-        (solver, codebook)
-        for solver in args.solvers.split(",")
-        for codebook in ([None] if solver == "uniform" else args.codebooks.split(","))
-    ]
-    for solver, codebook in choices:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "overlay"
-            everybit.quantize(
-                args.model,
-                out,
-                calibration=args.calibration,
-                calibration_sequences=args.sequences,
-                calibration_length=256,
-                solver=solver,
-                codebook=codebook,
-                progress=False,
-            )
-            with evaluate.EngineModel.open(out, context) as model:
-                report = evaluate.evaluate(
-                    model,
-                    model.bits,
-                    windows,
-                    reference,
-                    set_precision=model.set_precision,
-                    size=model.sizes().rows.__getitem__,
-                    progress=False,
-                    threads=model.runtime.threads,
-                )
-        document = report.document()
-        result["float_ppl"] = document["float"]["ppl"]
-        result["rows"] += [{"solver": solver, "codebook": codebook, **row} for row in document["rows"]]  # type: ignore[operator]
-        for row in report.rows:
-            kl = [f"{row.kl_mean:.3g}", f"{row.kl_p99:.3g}"]
-            lines.append(
-                [
-                    solver,
-                    codebook or "affine",
-                    str(row.bits),
-                    f"{row.bpw:.2f}",
-                    f"{row.ppl:.4f}",
-                    *kl,
-                    f"{row.top1:.2%}",
-                ]
-            )
-    print(f"{args.model.name}: float perplexity {result['float_ppl']:.4f}, {windows.tokens:,} tokens")
-    print(evaluate.report.align(lines))
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        calibration, scored = args.calibration, args.text
+        if args.documents:
+            documents = evaluate.read_documents(args.documents)
+            calibration, scored = work / "calibration.txt", work / "scored.txt"
+            calibration.write_text("\n<|endoftext|>\n".join(documents[: len(documents) * 6 // 10]))
+            scored.write_text("\n<|endoftext|>\n".join(documents[len(documents) * 8 // 10 :]))
+        context = min(512, evaluate.context_length(json.loads(read_inside(args.model, "config.json"))))
+        windows = evaluate.windows(
+            Tokenizer.open(args.model), evaluate.read_documents(scored), context, max_tokens=args.max_tokens
+        )
+        rows: list[dict[str, Any]] = []
+        with evaluate.EngineModel.open(args.model, context, threads=args.threads) as reference:
+            for method in args.methods.split(","):
+                for seed in range(args.seeds):
+                    for quantized, bits, options in overlays(method, args):
+                        out = work / "overlay"
+                        began = time.perf_counter()
+                        everybit.quantize(
+                            args.model, out, quantized, calibration, seed=seed, threads=args.threads, progress=False,
+                            calibration_sequences=args.sequences, calibration_length=args.length,
+                            statistics=work / "statistics", **options,
+                        )  # fmt: skip
+                        took_s = time.perf_counter() - began
+                        rows += score(out, bits, windows, reference, context, args.threads, method, seed, took_s)
+                        subprocess.run(["rm", "-r", str(out)], check=True)
+                show(method, rows)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    print(json.dumps({**result, "command": " ".join(sys.argv), "commit": commit}))
+    command = " ".join(sys.argv)
+    print(
+        json.dumps(
+            {"model": args.model.name, "tokens": windows.tokens, "command": command, "commit": commit, "rows": rows}
+        )
+    )
+
+
+def score(
+    out: Path, bits: tuple[int, ...], windows: evaluate.Windows, reference: evaluate.EngineModel, context: int,
+    threads: int, method: str, seed: int, took_s: float,
+) -> list[dict[str, Any]]:  # fmt: skip
+    with evaluate.EngineModel.open(out, context, threads=threads) as model:
+        sizes = model.sizes()
+        report = evaluate.evaluate(
+            model,
+            bits,
+            windows,
+            reference,
+            set_precision=model.set_precision,
+            size=sizes.rows.__getitem__,
+            progress=False,
+            threads=model.runtime.threads,
+        )
+    found = [("kl", "kl_mean"), ("ppl", "ppl"), ("top1", "top1"), ("bpw", "bpw"), ("bits", "bits")]
+    return [
+        {"method": method, "seed": seed, "seconds": round(took_s, 1), "stored_bpw": round(sizes.stored_bpw, 3)}
+        | {name: getattr(row, key) for name, key in found}
+        for row in report.rows
+    ]
+
+
+def show(method: str, rows: list[dict[str, Any]]) -> None:
+    own = [r for r in rows if r["method"] == method]
+    cells = []
+    for b in sorted({r["bits"] for r in own}):
+        kl = [r["kl"] for r in own if r["bits"] == b]
+        spread = f" ({min(kl):.3g}-{max(kl):.3g})" if len(kl) > 1 else ""
+        cells.append(f"{b}: {statistics.median(kl):.3g}{spread}")
+    seconds = statistics.median(r["seconds"] for r in own)
+    print(f"{method:18s} {'  '.join(cells)}  [{own[0]['stored_bpw']} bpw stored, {seconds:.0f} s]", flush=True)
 
 
 if __name__ == "__main__":

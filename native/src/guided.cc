@@ -5,7 +5,8 @@
 // alternates
 //   fit     least squares of each codebook with the codes fixed. With S the 0/1 matrix of leaves, S'HS of the finest
 //           precision, summed in blocks, is that of every coarser one, and the sums of H's rows by leaf (S'H) give it
-//           and all gradients: one pass over H for each row and round, not one per precision.
+//           and all gradients. A weight that moves takes its row of H along from sum to sum, so that one pass over H
+//           serves all rounds and precisions.
 //   sweep   coordinate descent: each weight moves to the leaf with the least summed cost, given all others. For a
 //           quadratic that is the sum over precisions of importance * (value - target)^2, so all leaves are tried.
 // Values are those that the format holds (int8 tables, one step a row), so later sweeps make up for their rounding.
@@ -29,11 +30,6 @@ namespace {
 constexpr int kSweepBits = 6;
 constexpr std::size_t kMostLeaves = std::size_t{1} << kSweepBits;
 constexpr double kRidge = 1e-6;  // of the mean diagonal: keeps empty leaves where they are
-
-EVERYBIT_CLONES
-void add(const float* from, float* to, std::size_t n) {
-  for (std::size_t i = 0; i < n; ++i) to[i] += from[i];
-}
 
 EVERYBIT_CLONES
 void add_scaled(const float* from, float scale, float* to, std::size_t n) {
@@ -118,6 +114,8 @@ class GuidedWorker {
     for (std::size_t k = 0; k < columns_; ++k)
       add_scaled(hessian_ + k * columns_, weights_[k], target_.data(), columns_);
     start();
+    std::fill(leaf_rows_.begin(), leaf_rows_.end(), 0.0f);
+    for (std::size_t k = 0; k < columns_; ++k) add_scaled(hessian_ + k * columns_, 1.0f, leaf_row(leaf_[k]), columns_);
     for (int round = 0; round < problem_.rounds; ++round) {
       fit();
       bool moved = false;
@@ -170,15 +168,14 @@ class GuidedWorker {
       if (!(width > 0)) width = wide ? mean / static_cast<double>(wide) : 0.0;
   }
 
+  float* leaf_row(std::size_t leaf) { return leaf_rows_.data() + leaf * columns_; }
+
   void fit() {
-    std::fill(leaf_rows_.begin(), leaf_rows_.end(), 0.0f);
-    for (std::size_t k = 0; k < columns_; ++k)
-      add(hessian_ + k * columns_, leaf_rows_.data() + leaf_[k] * columns_, columns_);
     products_.fill(0);
     moments_.fill(0);
     for (std::size_t k = 0; k < columns_; ++k) moments_[leaf_[k]] += target_[k];
     for (std::size_t a = 0; a < leaves_; ++a) {
-      const float* from = leaf_rows_.data() + a * columns_;
+      const float* from = leaf_row(a);
       double* to = products_.data() + a * kMostLeaves;
       for (std::size_t k = 0; k < columns_; ++k) to[leaf_[k]] += from[k];
     }
@@ -190,7 +187,7 @@ class GuidedWorker {
       float* gradient = gradients_[b].data();
       std::copy(target_.begin(), target_.end(), gradient);
       for (std::size_t a = 0; a < leaves_; ++a)
-        add_scaled(leaf_rows_.data() + a * columns_, -values_[b][a >> (depth_ - b)], gradient, columns_);
+        add_scaled(leaf_row(a), -values_[b][a >> (depth_ - b)], gradient, columns_);
     }
     if (top_ == depth_) return;
     std::fill(gradients_[kMaxBits].begin(), gradients_[kMaxBits].end(), 0.0f);
@@ -360,6 +357,8 @@ class GuidedWorker {
       }
       if (best == now) continue;
       moved = true;
+      add_scaled(row, -1.0f, leaf_row(now), columns_);
+      add_scaled(row, 1.0f, leaf_row(best), columns_);
       leaf_[k] = static_cast<std::uint8_t>(best);
       for (const int b : levels_) {
         const float change = values_[b][now >> (depth_ - b)] - values_[b][best >> (depth_ - b)];

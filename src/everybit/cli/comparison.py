@@ -173,7 +173,12 @@ class Comparer:
             own = not overlays
             steps = 2 * sum(self._seeds(method) for method, _ in jobs) + (len(overlays) + own) * (len(self.bits) + own)
             self.bar = opened.enter_context(
-                tqdm(total=steps, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", disable=None)
+                tqdm(
+                    total=steps,
+                    bar_format="{desc}{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}",
+                    mininterval=0.5 if sys.stderr.isatty() else 30,  # a log gets a line now and then
+                    miniters=0,  # steps are fractions
+                )
             )
             batch = Batch(self.bar, self.windows.tokens)
             for found in [self._own_overlay()] if own else [(path, path.name, None) for path in overlays]:

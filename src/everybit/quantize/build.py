@@ -159,7 +159,7 @@ def quantize(
     for target in targets:
         own_bits = _bits_of(target, bits, overrides)
         specs[target.name] = WeightSpec(target.name, target.shape, own_bits, kind, target.transposed)
-    tuned_bits = [b for b in bits if any(tunable(spec, spec.served_bits(b)) for spec in specs.values())]
+    tuned_bits = [b for b in bits if any(tunable(spec, b) for spec in specs.values())]
     untuned = _why_not_tuned(tune, record, source, specs, tuned_bits)
     provenance = {
         "everybit_version": __version__,

@@ -221,10 +221,11 @@ class _Tapping(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
+        operands = (*args, *(kwargs or {}).values())
         if function in (functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm):
-            self._tell(args[0], args[1], result)
+            self._tell(operands[0], operands[1], result)
         elif function in (torch.addmm, torch.Tensor.addmm):
-            self._tell(args[1], args[2], result)
+            self._tell(operands[1], operands[2], result)
         return result
 
     def _tell(self, x: Any, weight: Any, result: torch.Tensor) -> None:
@@ -254,9 +255,14 @@ def every_expert(model: Any) -> Iterator[None]:
     """While active, experts that the router did not choose for a token also get a gradient from it.
 
     The value of every forward pass is unchanged: each unchosen expert's output, at weight 1/E, is added and its
-    detached copy subtracted. Inputs are detached there, so no other gradient changes either.
+    detached copy subtracted. Inputs are detached there, so no other gradient changes either. Experts run one after the
+    other (transformers' default is one product for all, in which no expert's own can be told apart).
     """
     patched = []
+    fused = any(is_fused_experts(module) for module in model.modules())
+    implementation = model.get_experts_implementation() if fused else None
+    if fused:
+        model.set_experts_implementation("eager")
     for module in model.modules():
         if not is_fused_experts(module):
             continue
@@ -283,6 +289,8 @@ def every_expert(model: Any) -> Iterator[None]:
     finally:
         for module in patched:
             del module.forward
+        if fused:
+            model.set_experts_implementation(implementation)
 
 
 def _save(path: Path, state: dict[str, Any], sums: dict[str, torch.Tensor]) -> None:

@@ -32,7 +32,7 @@ HELD_OUT = 0.1  # of the sequences, at most HELD_OUT_TOKENS
 HELD_OUT_TOKENS = 8192
 # Adam's rate in units of a row's standard deviation, by bits: finer tables need finer steps (quality-prototype study).
 RATES = {2: 3e-2, 3: 1.5e-2, 4: 6e-3}
-CANDIDATES = (1.0, 3.0)  # times that rate, each tried for a quarter of the steps
+CANDIDATES = (0.3, 1.0)  # times that rate, each tried for a quarter of the steps
 CHECK_EVERY = 10
 PATIENCE = 3  # checks without progress
 

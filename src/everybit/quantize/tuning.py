@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from everybit.errors import OutputError
 from everybit.formats import WeightSpec
 from everybit.formats.compact import to_int8
-from everybit.quantize.solutions import SolutionFiles, read_arrays, write_arrays
+from everybit.quantize.solutions import SolutionFiles, write_arrays
 from everybit.quantize.solvers import Solution
 from everybit.quantize.statistics import Calibrated
 from everybit.quantize.tuner import Quantized, Table, Tuned, Tuner
@@ -69,7 +69,7 @@ def tune_tables(
         weights, fixed = {}, {}
         for name, spec in specs.items():
             weight = _quantized(spec, solutions.must_read(spec), spec.served_bits(b))
-            if spec.served_bits(b) == b and tunable(spec, b):
+            if tunable(spec, b):
                 weights[name] = weight
             else:
                 table, codes = torch.from_numpy(weight.table), torch.from_numpy(weight.codes)
@@ -88,14 +88,13 @@ def tune_tables(
 def tuned(spec: WeightSpec, solutions: list[Solution], folder: Path) -> list[Solution]:
     """The solutions of one parameter with the tables that tuning made."""
     for b in spec.bits:
-        path = folder / f"tuned{b}.part"
-        tables = read_arrays(path) if tunable(spec, b) else None
-        if tables is None or spec.name not in tables:
+        table = _read_table(folder / f"tuned{b}.part", spec.name) if tunable(spec, b) else None
+        if table is None:
             continue
-        parts = tables[spec.name].reshape(len(solutions), -1, 1 << b)
+        parts = table.reshape(len(solutions), -1, 1 << b)
         solutions = [
-            replace(solution, codebook={**solution.codebook, f"lut{b}": _as_stored(solution, table)})
-            for solution, table in zip(solutions, parts, strict=True)
+            replace(solution, codebook={**solution.codebook, f"lut{b}": _as_stored(solution, part)})
+            for solution, part in zip(solutions, parts, strict=True)
         ]
     return solutions
 
@@ -114,6 +113,15 @@ def _quantized(spec: WeightSpec, solutions: list[Solution], bits: int) -> Quanti
         (*shape[:-2], shape[-1], shape[-2]) if spec.transposed else shape,
         spec.transposed,
     )
+
+
+def _read_table(path: Path, name: str) -> Table | None:
+    """One weight's, of a file that holds all. None where that precision, or that weight at it, was not tuned."""
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="np") as file:
+        table: Table | None = file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 (not a dict)
+        return table
 
 
 def _read_report(path: Path) -> TunedBits | None:

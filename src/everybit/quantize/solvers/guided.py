@@ -17,9 +17,10 @@ from everybit.quantize.solvers.solve import Solution, Values, solve
 # What a relative error counts at each precision. Errors fall fourfold with each bit, so squared ones are weighed by
 # 4^bits on top. Measured in docs/log.md, 2026-11-26: equal weights cost 2 bits a third of their gain, none above 4
 # bits make 6 to 8 bits worse than the original's.
-IMPORTANCE = {2: 1.0, 3: 1.0, 4: 1.0, 5: 0.1, 6: 0.1, 7: 0.02, 8: 0.05}
-ROUNDS, SWEEPS = 6, 3
+IMPORTANCE = {2: 1.25, 3: 1.1, 4: 1.0, 5: 0.15, 6: 0.1, 7: 0.05, 8: 0.1}
+ROUNDS, SWEEPS = 4, 2
 DAMPING = 0.01  # of the mean diagonal, added to it
+BLOCK_ROWS = 512  # judged together
 
 
 def solve_guided(
@@ -35,7 +36,8 @@ def solve_guided(
 
     Minimizes, per row, the sum over precisions of importance * 4^bits * e' H e, e = weights - values: coordinate
     descent over codes and least squares over codebooks, from the solver tree's result (native/src/guided.cc). Rows that
-    tree represents without error keep its result; so do all rows where the Hessian is zero (no token reached them).
+    tree represents without error keep its result; so do rows where that sum is no lower than tree's (few weights or few
+    values), and all rows where the Hessian is zero (no token reached them).
 
     Shapes:  weights f32[N, K], hessian f32[groups, K, K] (row r has group r * groups // N), sensitivity f32[N, K] or
              None, which the start minimizes -> as Solution
@@ -57,7 +59,7 @@ def solve_guided(
     # A symmetric positive matrix is bounded by its diagonal, but only the sum tells of a NaN elsewhere.
     if not np.isfinite(hessian.sum(axis=(1, 2), dtype=np.float64)).all() or (diagonal < 0).any():
         raise SourceError("the Hessian has values that are not finite or a negative diagonal: calibrate again")
-    if not (mean > 0).any():
+    if rows == 0 or not (mean > 0).any():
         return start
     damped: Values = (hessian / np.where(mean > 0, mean, 1)[:, None, None]).astype(np.float32)
     damped[:, np.arange(columns), np.arange(columns)] += np.float32(DAMPING)
@@ -76,10 +78,30 @@ def solve_guided(
         ladders, steps, threads,
     )  # fmt: skip
     found: dict[str, NDArray[Any]] = Compact.pack(scale, tables, centres, ladders, steps)
+    solution = Solution(codes, start.bits, found, "compact")
     group_of = np.arange(rows) * len(hessian) // rows
-    exact = (start.values_at(start.bits[0]) == weights).all(axis=1)
-    kept = exact | ~(mean > 0)[group_of]
+    kept = (start.values_at(start.bits[0]) == weights).all(axis=1) | ~(mean > 0)[group_of]
+    for group, matrix in enumerate(damped):
+        (left,) = np.nonzero(~kept & (group_of == group))
+        for begin in range(0, len(left), BLOCK_ROWS):
+            part = left[begin : begin + BLOCK_ROWS]
+            before, after = (_objective(weights, matrix, one, importance, part) for one in (start, solution))
+            kept[part] = ~(after < before)
     codes[kept] = start.codes[kept]
     for suffix, array in found.items():
         array[kept] = start.codebook[suffix][kept]
-    return Solution(codes, start.bits, found, "compact")
+    return solution
+
+
+def _objective(
+    weights: Values, hessian: Values, solution: Solution, importance: Sequence[float], rows: NDArray[np.intp]
+) -> NDArray[np.float64]:
+    """What is minimized, for some rows that share a Hessian."""
+    part = {suffix: array[rows] for suffix, array in solution.codebook.items()}
+    one = Solution(solution.codes[rows], solution.bits, part, solution.kind)
+    total = np.zeros(len(rows))
+    for b, weight in zip(solution.bits, importance, strict=True):
+        with np.errstate(over="ignore", invalid="ignore"):  # then it is not lower
+            error = weights[rows] - one.values_at(b)
+            total += weight * np.einsum("rk,rk->r", error @ hessian, error, dtype=np.float64)
+    return total
