@@ -1,6 +1,6 @@
 """Quality of solvers at every precision on one model: KL to the float model and bits per weight, over several seeds.
 
-    python benchmarks/solver_quality.py MODEL --text FILE --calibration FILE [--methods guided,tree:plain,...] [--seeds 3]
+    python benchmarks/solver_quality.py MODEL --text FILE --calibration FILE [--methods guided,tree:plain] [--seeds 3]
     python benchmarks/solver_quality.py MODEL --documents FILE     (the first 60 % calibrate, the last 20 % are scored)
 
 A method is a solver and its options, joined by colons:

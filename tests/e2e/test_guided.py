@@ -172,12 +172,15 @@ def test_statistics_are_kept_for_the_same_model_and_text(
         ("text", tiny_llama, {"calibration": other}),
         ("length", tiny_llama, {"calibration": text, "calibration_length": 16}),
         ("seed", tiny_llama, {"calibration": text, "seed": 1}),
+        ("kind", tiny_llama, {"calibration": "random"}),
         ("model", tmp_path / "float", {"calibration": "random"}),
         ("solver", tiny_llama, {"calibration": text, "solver": "tree"}),
     ):
         everybit.quantize(model, tmp_path / name, **{**how, **changed})
         count += 1
         assert len(loads) == count, f"statistics of another {name} were taken"
+    everybit.quantize(tiny_llama, tmp_path / "again", calibration=text, **how)
+    assert len(loads) == count, "another run's statistics took the place of these"
     assert all((folder / "origin.json").is_file() for folder in (tmp_path / "kept").iterdir())
 
 

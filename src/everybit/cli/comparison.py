@@ -174,7 +174,7 @@ class Comparer:
             steps = 2 * sum(self._seeds(method) for method, _ in jobs) + (len(overlays) + own) * (len(self.bits) + own)
             self.bar = opened.enter_context(
                 tqdm(
-                    total=steps,
+                    total=steps + 1e-6,  # the fractions add up to a little more or less
                     bar_format="{desc}{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}",
                     mininterval=0.5 if sys.stderr.isatty() else 30,  # a log gets a line now and then
                     miniters=0,  # steps are fractions

@@ -35,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="guided (the default with calibration) corrects each weight's error in the others; the rest do not",
     )
     parser.add_argument("--no-tune", action="store_true", help="leave tables as the solver made them")
-    parser.add_argument("--tune-steps", type=int, metavar="N", help="for each precision, at most (default 60)")
+    parser.add_argument("--tune-steps", type=int, metavar="N", help="for each precision, at most (default 120)")
     parser.add_argument("--statistics", metavar="FOLDER", help="keep what calibration measured, for the next run")
     parser.add_argument(
         "--ignore", action="append", default=[], metavar="REGEX", help="leave matching modules as they are (repeatable)"
@@ -125,6 +125,7 @@ def describe(report: QuantizeReport) -> str:
     lines += [f"left as they are: {count} x {reason}" for reason, count in reasons.items()]
     for what, names in (
         ("no calibration token reached", report.unreached),
+        ("no Hessian was seen (solved as by tree):", report.unguided),
         ("all zeros (kept exactly):", report.zeros),
     ):
         if names:

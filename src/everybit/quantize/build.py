@@ -56,6 +56,7 @@ class QuantizeReport:
     unreached: list[str]
     zeros: list[str]
     dry_run: bool
+    unguided: list[str] = field(default_factory=list)
     tuned: dict[int, TunedBits] = field(default_factory=dict)
     untuned: str | None = None
 
@@ -67,6 +68,7 @@ class QuantizeReport:
             "left": self.left,
             "unreached": self.unreached,
             "zeros": self.zeros,
+            "unguided": self.unguided,
             "tuned": {str(b): asdict(t) for b, t in self.tuned.items()},
             "untuned": self.untuned,
         }
@@ -179,6 +181,7 @@ def quantize(
 
     zeros: list[str] = []
     unreached: list[str] = []
+    unguided: list[str] = []
     tuning: dict[int, TunedBits] = {}
     with new_folder(partial), OverlayWriter(partial, layout, config, shard_bytes) as writer:
         if not writer.complete:  # else: killed between the last byte and the rename
@@ -191,7 +194,7 @@ def quantize(
                 origin = {"source": provenance["source"], "calibration": provenance["calibration"], "groups": groups}
                 kept = work if statistics is None else statistics_folder(Path(statistics), origin)
                 measured = measure(calibrated, targets, kept / "statistics", groups, progress=progress)
-                unreached = measured.unreached()
+                unreached, unguided = measured.unreached(), measured.unguided()
 
             def solved(name: str, tensor: Any) -> list[Solution]:
                 weights = matrices(tensor, specs[name], source.folder)
@@ -226,7 +229,7 @@ def quantize(
             (partial / "README.md").write_text(model_card(config, sizes), encoding="utf-8")
         writer.finish()
     promote(partial, out)
-    return QuantizeReport(out, sizes, left, unreached, zeros, False, tuning, untuned)
+    return QuantizeReport(out, sizes, left, unreached, zeros, False, unguided, tuning, untuned)
 
 
 def _bar(sizes: SizeReport, what: str, progress: bool) -> Any:

@@ -64,6 +64,11 @@ class Statistics:
         """The parameters that no gradient reached: every weight of theirs counts the same."""
         return [name for name in self._file_of if HESSIAN not in name and not self._tensor(name).any()]
 
+    def unguided(self) -> list[str]:
+        """The parameters that gradients reached through products that no tap saw, so that their Hessians are zero."""
+        found = [name for name in self._file_of if HESSIAN not in name and name + HESSIAN in self._file_of]
+        return [name for name in found if self._tensor(name).any() and not self._tensor(name + HESSIAN).any()]
+
     def sensitivity(self, name: str) -> F32:
         """Stored (output-first) sensitivities, floored per row."""
         value = self._tensor(name)

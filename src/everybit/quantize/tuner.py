@@ -32,7 +32,7 @@ HELD_OUT = 0.1  # of the sequences, at most HELD_OUT_TOKENS
 HELD_OUT_TOKENS = 8192
 # Adam's rate in units of a row's standard deviation, by bits: finer tables need finer steps (quality-prototype study).
 RATES = {2: 3e-2, 3: 1.5e-2, 4: 6e-3}
-CANDIDATES = (0.3, 1.0)  # times that rate, each tried for a quarter of the steps
+CANDIDATES = (0.3, 1.0, 3.0)  # times that rate; trying them takes half of the steps
 CHECK_EVERY = 10
 PATIENCE = 3  # checks without progress
 
@@ -134,7 +134,7 @@ class Tuner:
 
         with tqdm(total=steps, desc=f"tuning {bits} bits", unit="step", disable=not progress) as bar:
             runs = [_Run(level, RATES.get(bits, RATES[4] * 2.0 ** (4 - bits)) * factor) for factor in CANDIDATES]
-            trial = steps // 4
+            trial = steps // (2 * len(CANDIDATES))
             if trial == 0:
                 runs = runs[:1]
             results = []
@@ -147,7 +147,7 @@ class Tuner:
             run = runs[chosen]
             if results[chosen] < best:
                 best, best_tables = results[chosen], run.detached()
-            left, worse = steps - taken, 0
+            left, worse = steps - taken if math.isfinite(results[chosen]) else 0, 0
             for i in range(left):
                 train(run, 1 - i / left)
                 taken += 1
@@ -214,7 +214,9 @@ class _Run:
 
     def __init__(self, level: _Level, rate: float) -> None:
         self.start, self.rate = level.start, rate
-        self.unit = {n: t.gather(1, level.codes[n].long()).std(dim=1, keepdim=True) for n, t in level.start.items()}
+        self.unit = {
+            n: t.gather(1, level.codes[n].long()).std(dim=1, keepdim=True, correction=0) for n, t in level.start.items()
+        }
         self.change = {n: torch.zeros_like(t, requires_grad=True) for n, t in level.start.items()}
         self.adam = torch.optim.Adam(self.change.values(), lr=rate, betas=(0.9, 0.99))
 

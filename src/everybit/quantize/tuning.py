@@ -20,7 +20,7 @@ from everybit.quantize.solvers import Solution
 from everybit.quantize.statistics import Calibrated
 from everybit.quantize.tuner import Quantized, Table, Tuned, Tuner
 
-STEPS = 60
+STEPS = 120
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ class Sensitivities(Protocol):
     def sensitivity(self, name: str) -> F32:
         """Shapes: -> f32 of the stored shape"""
 
+    def hessian(self, name: str) -> F32 | None:
+        """Guided ones. Shapes: -> f32[groups, K, K] or [E, groups, K, K]"""
+
 
 @dataclass(frozen=True)
 class Collected:
@@ -58,6 +61,13 @@ class MatrixStatistics:
             raise UnfitError("no sensitivities were measured")
         found = self.collected.sensitivities.sensitivity(self.name)
         return np.ascontiguousarray(found if self.expert is None else found[self.expert])
+
+    def guided(self) -> F32:
+        """f32[groups, K, K]."""
+        found = None if self.collected.sensitivities is None else self.collected.sensitivities.hessian(self.name)
+        if found is None:
+            raise UnfitError("no guided Hessians were measured")
+        return found if self.expert is None else found[self.expert]
 
     def hessian(self) -> F32:
         """f32[K, K]."""
@@ -111,7 +121,7 @@ def collect(
     folder: Path,
     progress: bool = True,
 ) -> Collected:
-    """Measure what `needs` names (sensitivity, hessian) on the sequences that `record` chooses from `documents`.
+    """Measure what `needs` names (sensitivity, hessian, guided) on sequences that `record` chooses from `documents`.
 
     Cost: memory of the float32 model, its sensitivities and a K x K matrix per weight. Mutates: `folder`
     Raises: SourceError

@@ -33,6 +33,9 @@ class Statistics(Protocol):
     def hessian(self) -> F32:
         """X'X / tokens of the layer's inputs, K of them a token. Shapes: -> f32[K, K]. Raises: UnfitError"""
 
+    def guided(self) -> F32:
+        """Guided Hessians (quantize/statistics.py). Shapes: -> f32[groups, K, K]. Raises: UnfitError"""
+
 
 # (weights f32[N, K], bits, statistics) -> (dequantized f32[N, K], bits per weight with everything stored counted)
 Quantize = Callable[[F32, int, Statistics], tuple[F32, float]]
@@ -42,8 +45,8 @@ Quantize = Callable[[F32, int, Statistics], tuple[F32, float]]
 class Method:
     """An entry of the table: at which bits it exists, how to get its function, what it needs.
 
-    `load` imports what the method needs and raises UnfitError where that is missing. `needs`: some of sensitivity and
-    hessian. `seeded`: results depend on a seed and are averaged over several.
+    `load` imports what the method needs and raises UnfitError where that is missing. `needs`: some of sensitivity,
+    hessian and guided. `seeded`: results depend on a seed and are averaged over several.
     """
 
     name: str

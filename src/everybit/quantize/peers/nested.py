@@ -1,6 +1,6 @@
 """Tables of free values per row: the original Any-Precision clustering, SqueezeLLM's, and guided coordinate descent.
 
-Tables are float16, and counted: 16 * 2^bits / K bits per weight on top of the codes.
+Tables are counted: float16 ones are 16 * 2^bits / K bits per weight on top of the codes.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from everybit.quantize.peers.method import F32, SCALE_BITS, Quantize, Statistics, UnfitError, half
+from everybit.quantize.peers.method import F32, SCALE_BITS, Statistics, half
 from everybit.quantize.solvers import Solution, solve
+from everybit.quantize.solvers.guided import solve_guided
 
 SEED_BITS = 3  # the original's seed; at 2 bits its nesting starts at 2
 
@@ -33,13 +34,15 @@ def squeezellm(weights: F32, bits: int, statistics: Statistics) -> tuple[F32, fl
     return _as_stored(solve(weights, statistics.sensitivity(), [bits], "upscale", statistics.seed), bits)
 
 
-def load_lnq() -> Quantize:
-    """Layer-wise non-uniform quantization for this one bit-width, guided by the end loss.
+def lnq(weights: F32, bits: int, statistics: Statistics) -> tuple[F32, float]:
+    """Guided coordinate descent for this one bit-width: the solver guided with a single precision, int8 tables.
 
-    Source: GuidedQuant (2505.07004), section 4
-    Raises: UnfitError until quantize/solvers/guided.py has a door for a single bit-width
+    Shapes: f32[N, K] -> f32[N, K]
+    Source: LNQ with GuidedQuant (2505.07004), sections 3 and 4
     """
-    raise UnfitError("everybit.quantize.solvers.guided has no door for one bit-width yet")
+    solution = solve_guided(weights, statistics.guided(), statistics.sensitivity(), [bits])
+    stored_bits = 8 * sum(array.nbytes for array in solution.codebook.values())
+    return solution.values_at(bits), bits + stored_bits / weights.size
 
 
 def _as_stored(solution: Solution, bits: int) -> tuple[F32, float]:

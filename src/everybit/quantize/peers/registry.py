@@ -30,7 +30,7 @@ _ALL = [
     Method("nf4", _of(nf4), bits=(4,)),
     Method("upscale", _of(nested.upscale), needs=("sensitivity",), seeded=True),
     Method("squeezellm", _of(nested.squeezellm), needs=("sensitivity",), seeded=True),
-    Method("lnq", nested.load_lnq, needs=("sensitivity", "hessian")),
+    Method("lnq", _of(nested.lnq), bits=(2, 3, 4), needs=("sensitivity", "guided")),
     *(
         Method(f"gguf:{kind}", functools.partial(ggml.load, kind), bits=(bits,))
         for kind, bits in (ggml.PLAIN | ggml.K_QUANTS).items()
