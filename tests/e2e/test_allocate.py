@@ -85,6 +85,21 @@ def test_a_plan_of_equal_bits_generates_as_these(overlay: Path, capsys: Any) -> 
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_eval_scores_a_plan_as_these_bits(overlay: Path, tiny_llama: Path, capsys: Any, tmp_path: Path) -> None:
+    with Overlay.open(overlay) as opened:
+        plan = Plan.of(opened, {name: 3 for name in opened.config["quantization_config"]["weights"]})
+        plan.save(tmp_path / "three.json")
+    text = tmp_path / "text.txt"
+    options = ("eval", overlay, "--text", text, "--reference", tiny_llama, "--threads", 1)
+    by_plan = run(capsys, *options, "--bits", tmp_path / "three.json")["rows"]
+    by_bits = run(capsys, *options, "--bits", 3)["rows"]
+    assert [row.pop("bits") for row in by_plan + by_bits] == ["three", 3]
+    assert by_plan == by_bits
+    assert "--plot works with precisions" in refused(
+        capsys, *options, "--bits", tmp_path / "three.json", "--plot", tmp_path / "a.svg"
+    )
+
+
 def test_layers_time_and_the_models_own_text(overlay: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # On a model this small precisions differ by microseconds, and the machine's noise by more: times are made up.
     times = {2: 1.0, 3: 2.0, 4: 3.0, 8: 6.0}

@@ -6,10 +6,11 @@ import argparse
 import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from everybit.cli.eval_tasks import load, score, table
-from everybit.cli.options import add_machine_options, parse_bits, positive_int
+from everybit.cli.options import add_machine_options, parse_bits, plan_file, positive_int
 from everybit.errors import SourceError
 
 
@@ -25,7 +26,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--text", metavar="FILE", help="UTF-8 text; lines of <|endoftext|> separate documents (or give --tasks)"
     )
-    parser.add_argument("--bits", default="all", help="precisions: all, 3, 2-8 or 2,4,8 (default: all)")
+    parser.add_argument(
+        "--bits", default="all", help="precisions: all, 3, 2-8 or 2,4,8; or a plan, PLAN.json (default: all)"
+    )
     parser.add_argument("--reference", metavar="MODEL", help="the float model that was quantized, for KL and top-1")
     parser.add_argument(
         "--context", type=positive_int, metavar="N", help="tokens per window (default: the model's own, up to 2048)"
@@ -52,10 +55,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     from everybit import evaluate
+    from everybit.engine.plan import Plan
     from everybit.formats import Overlay
+    from everybit.formats.sizes import Size
     from everybit.tokenizer import Tokenizer
 
-    parse_bits(args.bits)  # everything that can be refused is refused before a text is scored
+    file = plan_file(args.bits)
+    if file is None:
+        parse_bits(args.bits)  # everything that can be refused is refused before a text is scored
     _refuse_what_has_no_effect(args)
     documents = evaluate.read_documents(args.text) if args.text else []
     tasks = load(args.tasks, args.tasks_data) if args.tasks else None
@@ -63,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         evaluate.check_plot(args.plot)
     reference_folder = _find_reference(args.reference) if args.reference else None
     with Overlay.open(args.overlay) as overlay:
-        bits = parse_bits(args.bits, overlay.bits)
+        plan = Plan.open(file, overlay) if file else None
+        bits = (0,) if plan else parse_bits(args.bits, overlay.bits)  # one precision without a number
         context = evaluate.context_length(overlay.config, args.context)
         sizes = overlay.sizes()
 
@@ -91,11 +99,13 @@ def run(args: argparse.Namespace) -> int:
                 bits,
                 evaluate.windows(tokenizer, documents, context, truncate=args.truncate, max_tokens=args.max_tokens),
                 reference,
-                set_precision=model.set_precision,
-                size=sizes.rows.__getitem__,
+                set_precision=(lambda _: model.set_precision(plan)) if plan else model.set_precision,
+                size=(lambda _: Size(plan.bpw, plan.bytes)) if plan else sizes.rows.__getitem__,
                 reference_size=sizes.original,
                 threads=threads,
             )
+            if plan and file:
+                report = replace(report, rows=[replace(row, bits=file.stem) for row in report.rows])
         if tasks:
             scores = score(tasks, tokenizer, model.runtime, bits, reference.runtime if reference else None, args.limit)
     if args.json:
@@ -120,6 +130,9 @@ def _refuse_what_has_no_effect(args: argparse.Namespace) -> None:
     ):
         if given:
             raise SourceError(f"{option} has no effect without {needs}: give {needs} as well, or drop it")
+    for option, given in (("--plot", args.plot), ("--tasks", args.tasks)):
+        if given and plan_file(args.bits):
+            raise SourceError(f"{option} works with precisions, not with the plan {args.bits}: drop one of them")
 
 
 def _find_reference(name: str) -> Path:

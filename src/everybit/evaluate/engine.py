@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everybit.engine.generate import choose_bits
+from everybit.engine.plan import Precision
 from everybit.engine.runtime import Runtime
 from everybit.formats.sizes import SizeReport
 
@@ -21,7 +22,7 @@ class EngineModel:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self.precision = choose_bits(runtime, None)
+        self.precision: Precision = choose_bits(runtime, None)
 
     @classmethod
     def open(
@@ -45,8 +46,8 @@ class EngineModel:
         """The precisions it has; none for float weights."""
         return self.runtime.bits
 
-    def set_precision(self, bits: int) -> None:
-        """Score at `bits` from now on. Raises: PrecisionError"""
+    def set_precision(self, bits: Precision) -> None:
+        """Score at `bits`, a number or a plan, from now on. Raises: PrecisionError"""
         self.precision = choose_bits(self.runtime, bits)
 
     def sizes(self) -> SizeReport:

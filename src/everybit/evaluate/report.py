@@ -25,12 +25,12 @@ class FloatQuality:
 
 @dataclass(frozen=True)
 class Row:
-    """One precision. KL is in nats per token, float model to this one; None without a float model.
+    """One precision, or a plan by its name. KL is in nats per token, float to this model; None without a float model.
 
     Intervals are of 95 %, (low, high), by `intervals`; None also where the text has too few blocks for one.
     """
 
-    bits: int
+    bits: int | str
     bpw: float | None
     bytes: int | None
     ppl: float
