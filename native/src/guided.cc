@@ -132,6 +132,8 @@ class GuidedWorker {
  private:
   // Codebooks to start from: the means of the weights under each node, an empty one has its parent's.
   void start() {
+    step_ = 0;
+    ladders_.fill(1);
     std::array<double, kMostLeaves> sum{};
     std::array<std::size_t, kMostLeaves> count{};
     std::array<float, std::size_t{1} << kCellBits> least{}, greatest{};

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,7 @@ def brute_force(model: Any, targets: list[Target], sequences: list[torch.Tensor]
     for ids in sequences:
         products.clear()
         model.zero_grad()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        (model(input_ids=ids, labels=ids, use_cache=False).loss * (ids.shape[1] - 1)).backward()
         for t in targets:
             gradient = model.get_parameter(t.name).grad.double().numpy()
             found[t.name] += np.square(gradient.swapaxes(-1, -2) if t.transposed else gradient)
@@ -292,6 +293,15 @@ def test_gradients_that_overflow_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_full_disk_says_so(llama: Any, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="free space, then continue with --resume"):
         measure(Ready(llama, texts()), targets_of(llama), tmp_path / "absent" / "statistics", GROUPS, progress=False)
+
+
+def test_too_little_disk_is_refused_before_the_first_pass(
+    llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(OutputError, match=r"statistics need 0\.\d GB, 0\.0 GB are free: free space, give --statistics"):
+        measure(Ready(llama, texts()), targets_of(llama), tmp_path / "statistics", GROUPS, progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_nothing_reached_are_named_and_floored(tmp_path: Path) -> None:

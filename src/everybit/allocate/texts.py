@@ -14,6 +14,7 @@ from everybit.errors import SourceError
 from everybit.tokenizer import Tokenizer
 
 Windows = list[list[int]]
+MOST_DRAWS = 64  # or more, where texts of 16 tokens would still do
 
 
 def from_file(path: str | os.PathLike[str], tokenizer: Tokenizer, context: int, most_tokens: int) -> Windows:
@@ -35,15 +36,18 @@ def from_model(runtime: Runtime, tokenizer: Tokenizer, context: int, most_tokens
     """
     start = tokenizer.encode("") or sorted(tokenizer.eos_ids)[:1] or [0]
     windows: Windows = []
-    left = most_tokens
-    while left > 0 and len(windows) < most_tokens:
+    left, draws = most_tokens, 0
+    while left > 0 and draws < max(MOST_DRAWS, most_tokens // 16):
         room = min(left, context - len(start))
-        drawn = list(generate(runtime, start, Sampling(seed=len(windows)), room, stop_ids=tokenizer.eos_ids))
-        left -= max(len(drawn), 1)
+        drawn = list(generate(runtime, start, Sampling(seed=draws), room, stop_ids=tokenizer.eos_ids))
+        draws += 1
+        left -= len(drawn)
         if drawn:
             windows.append([*start, *drawn])
-    if not windows:
-        raise SourceError("the model ends every text at once, so it writes none to measure with: pass --text FILE")
+    if left > most_tokens // 2:
+        raise SourceError(
+            f"the model wrote {most_tokens - left} tokens in {draws} texts, {most_tokens} are wanted: pass --text FILE"
+        )
     return windows
 
 

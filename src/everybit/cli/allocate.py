@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     budget = Budget.parse(args.budget)
     name = budget.text.replace(" ", "").replace("/", "-per-")
     out = Path(args.out) if args.out else beside(args.overlay, f"{name}.plan.json")
+    if not out.absolute().parent.is_dir():
+        raise OutputError(f"{out}: its folder does not exist; make it, or choose another name with --out")
     if out.exists() and not is_plan(out):  # before the measuring
         raise OutputError(f"{out} exists and is not a plan: choose another name with --out, or remove it")
     found = allocate(

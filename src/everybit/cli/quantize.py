@@ -125,6 +125,7 @@ def describe(report: QuantizeReport) -> str:
     lines += [f"left as they are: {count} x {reason}" for reason, count in reasons.items()]
     for what, names in (
         ("no calibration token reached", report.unreached),
+        ("single weights above 20 times their row's mean, which --codebook table serves better:", report.outliers),
         ("no Hessian was seen (solved as by tree):", report.unguided),
         ("all zeros (kept exactly):", report.zeros),
     ):

@@ -263,4 +263,4 @@ def _is_sha256(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
+    return type(value) in (int, float) and 0 < value < 1e300  # type: ignore[operator]

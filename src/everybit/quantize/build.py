@@ -25,7 +25,7 @@ from everybit.quantize import calibrate
 from everybit.quantize.calibrate import Calibrated
 from everybit.quantize.card import model_card
 from everybit.quantize.discover import Target, discover
-from everybit.quantize.encode import encode, matrices, plain, solve_parameter
+from everybit.quantize.encode import encode, matrices, outlying, plain, solve_parameter
 from everybit.quantize.solutions import SolutionFiles
 from everybit.quantize.solvers import KINDS, Solution, codebook_kind
 from everybit.quantize.source import FLOATS, Source, resolve
@@ -41,6 +41,7 @@ from everybit.quantize.workspace import (
     writable,
 )
 
+OUTLIER = 20.0  # times a row's root mean square: beyond, int8 tables cost more than the bits they save
 GROUPS = 4  # of output rows that share a Hessian: those of single rows are 3 to 10 % better and do not scale
 TABLE_DTYPES = {"float16": "F16", "float32": "F32"}
 
@@ -57,6 +58,7 @@ class QuantizeReport:
     zeros: list[str]
     dry_run: bool
     unguided: list[str] = field(default_factory=list)
+    outliers: list[str] = field(default_factory=list)
     tuned: dict[int, TunedBits] = field(default_factory=dict)
     untuned: str | None = None
 
@@ -69,6 +71,7 @@ class QuantizeReport:
             "unreached": self.unreached,
             "zeros": self.zeros,
             "unguided": self.unguided,
+            "outliers": self.outliers,
             "tuned": {str(b): asdict(t) for b, t in self.tuned.items()},
             "untuned": self.untuned,
         }
@@ -179,6 +182,11 @@ def quantize(
     if dry_run:
         return QuantizeReport(out, sizes, left, [], [], True, untuned=untuned)
 
+    origin = {key: provenance[key] for key in ("everybit_version", "source", "calibration")}
+    origin |= {"weights": [t.name for t in targets]}
+    groups = GROUPS if solver == "guided" else 0
+    kept = None if statistics is None else statistics_folder(Path(statistics), {**origin, "groups": groups})
+    outliers: list[str] = []
     zeros: list[str] = []
     unreached: list[str] = []
     unguided: list[str] = []
@@ -190,14 +198,14 @@ def quantize(
             measured: Statistics | None = None
             calibrated = Calibrated(source.folder, record, documents, progress)
             if record.kind != "none":
-                groups = GROUPS if solver == "guided" else 0
-                origin = {"source": provenance["source"], "calibration": provenance["calibration"], "groups": groups}
-                kept = work if statistics is None else statistics_folder(Path(statistics), origin)
-                measured = measure(calibrated, targets, kept / "statistics", groups, progress=progress)
+                path = (kept or work) / "statistics"
+                measured = measure(calibrated, targets, path, groups, progress=progress)
                 unreached, unguided = measured.unreached(), measured.unguided()
 
             def solved(name: str, tensor: Any) -> list[Solution]:
                 weights = matrices(tensor, specs[name], source.folder)
+                if specs[name].codebook == "compact" and max(outlying(w) for w in weights) > OUTLIER:
+                    outliers.append(name)
                 return solve_parameter(specs[name], weights, measured, solver, seed, threads)
 
             solutions: SolutionFiles | None = None
@@ -229,7 +237,7 @@ def quantize(
             (partial / "README.md").write_text(model_card(config, sizes), encoding="utf-8")
         writer.finish()
     promote(partial, out)
-    return QuantizeReport(out, sizes, left, unreached, zeros, False, unguided, tuning, untuned)
+    return QuantizeReport(out, sizes, left, unreached, zeros, False, unguided, outliers, tuning, untuned)
 
 
 def _bar(sizes: SizeReport, what: str, progress: bool) -> Any:
@@ -253,7 +261,8 @@ def _why_not_tuned(
     if wanted is False:
         return "switched off"
     why = None
-    needed = memory_bytes(sum(math.prod(s) for s in source.shapes.values()), specs)
+    vocabulary = source.model.get_input_embeddings().num_embeddings
+    needed = memory_bytes(sum(math.prod(s) for s in source.shapes.values()), specs, vocabulary)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if record.kind == "none":
         why = "no calibration"

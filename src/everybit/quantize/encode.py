@@ -29,6 +29,14 @@ def matrices(tensor: torch.Tensor, spec: WeightSpec, folder: Path) -> list[NDArr
     return [np.ascontiguousarray((m.T if spec.transposed else m).float().numpy()) for m in found]
 
 
+def outlying(weights: NDArray[np.float32]) -> float:
+    """The largest weight of any row in units of that row's root mean square. Shapes: f32[N, K]"""
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean_square = np.einsum("nk,nk->n", weights, weights) / weights.shape[1]
+        ratio = np.abs(weights).max(axis=1) / np.sqrt(np.where(mean_square > 0, mean_square, 1))
+    return float(np.nan_to_num(ratio).max(initial=0))
+
+
 def solve_parameter(
     spec: WeightSpec,
     weights: list[NDArray[np.float32]],

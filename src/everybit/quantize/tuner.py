@@ -108,7 +108,10 @@ class Tuner:
         ):
             held.append(sequences[order.pop()])
         self._train = [sequences[i] for i in order]
-        self._held = held or self._train
+        if not held:  # a single sequence: its end is held out
+            cut = max(2, self._train[0].shape[1] * 9 // 10)
+            held, self._train = [self._train[0][:, cut - 1 :]], [self._train[0][:, :cut]]
+        self._held = held
         self._seed = seed
         self._expected = [self._probabilities(batch) for batch in _batches(self._held)]
 
@@ -135,8 +138,8 @@ class Tuner:
         with tqdm(total=steps, desc=f"tuning {bits} bits", unit="step", disable=not progress) as bar:
             runs = [_Run(level, RATES.get(bits, RATES[4] * 2.0 ** (4 - bits)) * factor) for factor in CANDIDATES]
             trial = steps // (2 * len(CANDIDATES))
-            if trial == 0:
-                runs = runs[:1]
+            if trial == 0:  # too few to try: the middle rate
+                runs = runs[1:2]
             results = []
             for run in runs:
                 for _ in range(trial):

@@ -18,7 +18,7 @@ from everybit.formats.compact import to_int8
 from everybit.quantize.solutions import SolutionFiles, write_arrays
 from everybit.quantize.solvers import Solution
 from everybit.quantize.statistics import Calibrated
-from everybit.quantize.tuner import Quantized, Table, Tuned, Tuner
+from everybit.quantize.tuner import HELD_OUT_TOKENS, STEP_TOKENS, Quantized, Table, Tuned, Tuner
 
 STEPS = 120
 
@@ -37,11 +37,12 @@ def tunable(spec: WeightSpec, bits: int) -> bool:
     return bits in spec.bits and any(part.suffix == f"lut{bits}" for part in spec.book.parts(bits))
 
 
-def memory_bytes(parameters: int, specs: Mapping[str, WeightSpec]) -> int:
+def memory_bytes(parameters: int, specs: Mapping[str, WeightSpec], vocabulary: int) -> int:
     """What tuning holds: the model, and of the quantized weights codes (twice), values, gradients and, for the largest,
-    64-bit indices. Activations come on top."""
+    64-bit indices; logits of the held-out text and, some six times, of a step. Activations come on top."""
+    logits = 4 * vocabulary * (HELD_OUT_TOKENS + 6 * STEP_TOKENS)
     quantized = sum(s.parameters for s in specs.values())
-    return 4 * parameters + (2 + 4 + 4) * quantized + 16 * max(s.parameters for s in specs.values())
+    return logits + 4 * parameters + (2 + 4 + 4) * quantized + 16 * max(s.parameters for s in specs.values())
 
 
 def tune_tables(

@@ -82,9 +82,11 @@ def statistics_folder(folder: Path, origin: Mapping[str, Any]) -> Path:
     """The part of `folder` that belongs to this model and calibration; a file there says which. Raises: OutputError"""
     text = json.dumps(origin, sort_keys=True, indent=1)
     own = folder.expanduser() / hashlib.sha256(text.encode()).hexdigest()[:16]
-    with writable(own):
+    try:
         own.mkdir(parents=True, exist_ok=True)
         (own / "origin.json").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"--statistics {folder}: {error.strerror or error}; choose another folder") from error
     return own
 
 

@@ -77,10 +77,7 @@ class MatrixStatistics:
 
 
 class InputHessians:
-    """X'X / tokens of linear layers, by forward hooks; all of them in memory. Layers that share an input share a sum.
-
-    To be replaced by the Hessians of quantize/statistics.py where those are plain too.
-    """
+    """X'X / tokens of linear layers, by forward hooks; all of them in memory."""
 
     def __init__(self, model: Any, targets: list[Target], sequences: list[torch.Tensor], progress: bool) -> None:
         self._sums: dict[str, torch.Tensor] = {}

@@ -55,7 +55,7 @@ def solve_guided(
             f"[groups, {columns}, {columns}] with 1 to {rows} groups: measure it for this weight"
         )
     diagonal = np.einsum("gkk->gk", hessian)
-    mean = diagonal.mean(axis=1)
+    mean = diagonal.mean(axis=1, dtype=np.float64)
     # A symmetric positive matrix is bounded by its diagonal, but only the sum tells of a NaN elsewhere.
     if not np.isfinite(hessian.sum(axis=(1, 2), dtype=np.float64)).all() or (diagonal < 0).any():
         raise SourceError("the Hessian has values that are not finite or a negative diagonal: calibrate again")
