@@ -87,7 +87,7 @@ def test_a_plan_of_equal_bits_generates_as_these(overlay: Path, capsys: Any) -> 
 
 def test_eval_scores_a_plan_as_these_bits(overlay: Path, tiny_llama: Path, capsys: Any, tmp_path: Path) -> None:
     with Overlay.open(overlay) as opened:
-        plan = Plan.of(opened, {name: 3 for name in opened.config["quantization_config"]["weights"]})
+        plan = Plan.of(opened, dict.fromkeys(opened.config["quantization_config"]["weights"], 3))
         plan.save(tmp_path / "three.json")
     text = tmp_path / "text.txt"
     options = ("eval", overlay, "--text", text, "--reference", tiny_llama, "--threads", 1)
