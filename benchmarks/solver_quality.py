@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--sequences", type=int, default=128, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="of each, in tokens")
-    parser.add_argument("--tune-steps", type=int, default=60)
+    parser.add_argument("--tune-steps", type=int, default=120)
     parser.add_argument("--max-tokens", type=int, default=24_000)
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
