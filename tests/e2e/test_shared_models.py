@@ -30,11 +30,14 @@ CONTINUATIONS = {
 }
 
 
+SOLVERS = ("guided", "tree", "upscale", "uniform")
+
+
 @pytest.fixture(scope="module")
 def overlays(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
     made = {}
     for name in MODELS:
-        for solver in ("tree", "upscale", "uniform"):
+        for solver in SOLVERS:
             out = tmp_path_factory.mktemp("overlays") / f"{name}-{solver}"
             everybit.quantize(
                 shared_data / "models" / name,
@@ -43,13 +46,15 @@ def overlays(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
                 calibration_sequences=12,
                 calibration_length=256,
                 solver=solver,
+                tune=None if solver == "guided" else False,
+                tune_steps=6,
                 progress=False,
             )
             made[name, solver] = out
     return made
 
 
-@pytest.mark.parametrize("solver", ["tree", "upscale", "uniform"])
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", MODELS)
 def test_quality_at_every_precision(name: str, solver: str, shared_data: Path, overlays: Any) -> None:
     folder = shared_data / "models" / name

@@ -34,6 +34,7 @@ HELD_OUT_TOKENS = 8192
 RATES = {2: 3e-2, 3: 1.5e-2, 4: 6e-3}
 CANDIDATES = (0.3, 1.0, 3.0)  # times that rate; trying them takes half of the steps
 CHECK_EVERY = 10
+NOTHING = 1e-9  # nats: float32 noise, as of weights that their tables represent exactly
 PATIENCE = 3  # checks without progress
 
 
@@ -128,6 +129,7 @@ class Tuner:
         start = level.start
         before = self._held_out(level.parameters(start))
         best, best_tables, taken = before, start, 0
+        steps = steps if before > NOTHING else 0
         text = self._endless(bits)
 
         def train(run: _Run, share: float) -> None:
