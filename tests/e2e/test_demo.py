@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 
 def test_demo(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/demo.py", "--out", str(tmp_path / "out"), "--max-tokens", "1000"]
-    command += ["--calibration-sequences", "4"]
+    command += ["--calibration-sequences", "4", "--tune-steps", "2"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
