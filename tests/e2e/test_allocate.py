@@ -14,6 +14,7 @@ from everybit.cli.main import main
 from everybit.engine.plan import Plan
 from everybit.engine.runtime import Runtime
 from everybit.formats import Overlay
+from tests.e2e.commands import refused
 
 TEXT = "The quick brown fox jumps over the lazy dog while nobody is looking.\n" * 20
 
@@ -28,15 +29,6 @@ def overlay(tiny_llama: Path, tmp_path: Path) -> Path:
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
     assert main([str(a) for a in (*arguments, "--json")]) == 0
     return json.loads(capsys.readouterr().out)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert main([str(a) for a in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    line = captured.err.strip().splitlines()[-1]
-    assert line.startswith("everybit: error: ")
-    return line
 
 
 def test_allocate_and_generate(overlay: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

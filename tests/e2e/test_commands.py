@@ -10,6 +10,7 @@ import pytest
 
 import everybit
 from everybit.cli.main import main
+from tests.e2e.commands import refused
 
 TEXT = "The quick brown fox jumps over the lazy dog while nobody is looking.\n" * 20
 
@@ -24,15 +25,6 @@ def overlay(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert main([str(a) for a in arguments]) == 0
     return capsys.readouterr().out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert main([str(a) for a in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    line = captured.err.strip().splitlines()[-1]
-    assert line.startswith("everybit: error: ")
-    return line
 
 
 def test_quantize_reports_and_dry_run_agrees(tiny_llama: Path, tmp_path: Path, capsys: Any) -> None:

@@ -19,17 +19,10 @@ from everybit.quantize.discover import Target, discover, is_fused_experts
 from everybit.quantize.source import load_float
 from everybit.quantize.statistics import FLOOR, Statistics, measure
 from tests.e2e.architectures import make
+from tests.unit.calibrated import Ready, Untouchable, texts
 
 FAMILIES = ["llama", "gpt2", "mixtral", "gpt_oss"]
 GROUPS = 3  # does not divide the 40, 52, 80 and 104 rows
-
-
-@dataclass
-class Ready:
-    """What `measure` needs, and how often the model ran."""
-
-    model: Any
-    sequences: list[torch.Tensor]
 
 
 @dataclass
@@ -48,21 +41,6 @@ class Counted:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
-
-
-class Untouchable:
-    @property
-    def model(self) -> Any:
-        pytest.fail("the model was loaded")
-
-    @property
-    def sequences(self) -> list[torch.Tensor]:
-        pytest.fail("the sequences were made")
-
-
-def texts(count: int = 3, length: int = 12) -> list[torch.Tensor]:
-    ids = np.random.default_rng(5).integers(3, 96, (count, 1, length))
-    return list(torch.from_numpy(ids))
 
 
 def loaded(family: str, folder: Path) -> Any:
@@ -159,7 +137,7 @@ def close(found: np.ndarray, wanted: np.ndarray) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_are_those_of_brute_force(family: str, tmp_path: Path) -> None:
-    model, sequences = loaded(family, tmp_path / "float"), texts()
+    model, sequences = loaded(family, tmp_path / "float"), texts(3, 12)
     targets = targets_of(model)
     found = measure(Ready(model, sequences), targets, tmp_path / "statistics", GROUPS, progress=False)
     wanted = brute_force(model, targets, sequences)
@@ -177,7 +155,7 @@ def test_statistics_are_those_of_brute_force(family: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tapping_changes_no_gradient(family: str, tmp_path: Path) -> None:
     """Bit for bit: hooks look at gradients on their way and must not write to them."""
-    model, sequences = loaded(family, tmp_path / "float"), texts(2)
+    model, sequences = loaded(family, tmp_path / "float"), texts(2, 12)
     targets, before = targets_of(model), model.get_experts_implementation()
     tapped, plain = (
         measure(Ready(model, sequences), targets, tmp_path / f"with{g}", g, progress=False) for g in (GROUPS, 0)
@@ -198,7 +176,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def fresh(llama: Any, tmp_path: Path) -> Statistics:
     """All in one wave."""
-    return measure(Ready(llama, texts()), targets_of(llama), tmp_path / "whole" / "statistics", GROUPS, progress=False)
+    return measure(
+        Ready(llama, texts(3, 12)), targets_of(llama), tmp_path / "whole" / "statistics", GROUPS, progress=False
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +199,7 @@ def test_several_waves_are_as_one(llama: Any, fresh: Statistics, tmp_path: Path)
         folder = tmp_path / str(memory)
         folder.mkdir()
         counted = Counted(llama)
-        found = measure(Ready(counted, texts()), targets, folder / "statistics", GROUPS, memory, progress=False)
+        found = measure(Ready(counted, texts(3, 12)), targets, folder / "statistics", GROUPS, memory, progress=False)
         files = list(folder.iterdir())
         assert len(files) == waves or (waves is None and 1 < len(files) < len(targets))
         assert counted.runs == 3 * len(files)
@@ -236,10 +216,10 @@ def test_an_interrupted_measurement_goes_on(
     half = sum(statistics._hessian_bytes(t, GROUPS) for t in targets[: len(targets) // 2])
     path = tmp_path / "statistics"
     with pytest.raises(KeyboardInterrupt):
-        measure(Ready(Counted(llama, stop), texts()), targets, path, GROUPS, half, progress=False)
+        measure(Ready(Counted(llama, stop), texts(3, 12)), targets, path, GROUPS, half, progress=False)
     assert not any(p.requires_grad for p in llama.parameters())
     again = Counted(llama)
-    found = measure(Ready(again, texts()), targets, path, GROUPS, half, progress=False)
+    found = measure(Ready(again, texts(3, 12)), targets, path, GROUPS, half, progress=False)
     same(found, fresh, targets)
     assert 6 - stop <= again.runs < 6
     if stop > 3:
@@ -248,7 +228,7 @@ def test_an_interrupted_measurement_goes_on(
 
 def test_a_finished_file_is_taken_as_it_is(llama: Any, tmp_path: Path) -> None:
     targets, path = targets_of(llama), tmp_path / "statistics"
-    first = measure(Ready(llama, texts()), targets, path, GROUPS, 1, progress=False)
+    first = measure(Ready(llama, texts(3, 12)), targets, path, GROUPS, 1, progress=False)
     again = measure(Untouchable(), targets, path, GROUPS, 1, progress=False)  # type: ignore[arg-type]
     same(first, again, targets)
 
@@ -258,13 +238,13 @@ def test_a_file_of_another_run_is_not(change: str, llama: Any, tmp_path: Path) -
     targets, path = targets_of(llama), tmp_path / "statistics"
     counted = Counted(llama, stop=2 if change == "other text" else -1)
     try:
-        measure(Ready(counted, texts()), targets, path, GROUPS, progress=False)
+        measure(Ready(counted, texts(3, 12)), targets, path, GROUPS, progress=False)
     except KeyboardInterrupt:
         assert not path.exists() or statistics._state(path)["done"] < 3  # type: ignore[index]
     if change == "torn":
         path.write_bytes(path.read_bytes()[:-100])
     counted = Counted(llama)
-    groups, sequences = (2 if change == "other groups" else GROUPS), texts()
+    groups, sequences = (2 if change == "other groups" else GROUPS), texts(3, 12)
     if change == "other text":
         sequences[0] = sequences[0] + 1
     if change == "other targets":
@@ -279,7 +259,7 @@ def test_a_loss_that_is_no_number_is_refused(tmp_path: Path) -> None:
     model = make("llama").requires_grad_(False)
     model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(SourceError, match="loss on calibration sequence 0 is nan: check the weights"):
-        measure(Ready(model, texts()), targets_of(model), tmp_path / "statistics", GROUPS, progress=False)
+        measure(Ready(model, texts(3, 12)), targets_of(model), tmp_path / "statistics", GROUPS, progress=False)
     assert not (tmp_path / "statistics").exists()
 
 
@@ -287,12 +267,14 @@ def test_gradients_that_overflow_are_refused_by_name(tmp_path: Path) -> None:
     model = make("llama").requires_grad_(False)
     model.model.norm.weight.mul_(1e21)  # the loss is finite, the squares of its gradients are not
     with pytest.raises(SourceError, match=r"non-finite gradients at model\.layers\.0\.self_attn\.q_proj\.weight"):
-        measure(Ready(model, texts()), targets_of(model), tmp_path / "statistics", GROUPS, progress=False)
+        measure(Ready(model, texts(3, 12)), targets_of(model), tmp_path / "statistics", GROUPS, progress=False)
 
 
 def test_a_full_disk_says_so(llama: Any, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="free space, then continue with --resume"):
-        measure(Ready(llama, texts()), targets_of(llama), tmp_path / "absent" / "statistics", GROUPS, progress=False)
+        measure(
+            Ready(llama, texts(3, 12)), targets_of(llama), tmp_path / "absent" / "statistics", GROUPS, progress=False
+        )
 
 
 def test_too_little_disk_is_refused_before_the_first_pass(
@@ -300,7 +282,7 @@ def test_too_little_disk_is_refused_before_the_first_pass(
 ) -> None:
     monkeypatch.setattr(statistics.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(OutputError, match=r"statistics need 0\.\d GB, 0\.0 GB are free: free space, give --statistics"):
-        measure(Ready(llama, texts()), targets_of(llama), tmp_path / "statistics", GROUPS, progress=False)
+        measure(Ready(llama, texts(3, 12)), targets_of(llama), tmp_path / "statistics", GROUPS, progress=False)
     assert not (tmp_path / "statistics").exists()
 
 
@@ -309,7 +291,7 @@ def test_weights_that_nothing_reached_are_named_and_floored(tmp_path: Path) -> N
     model = make("llama").requires_grad_(False)
     model.model.layers[0].mlp.up_proj.weight.zero_()
     model.model.layers[1].mlp.up_proj.weight[5].zero_()
-    found = measure(Ready(model, texts()), targets_of(model), tmp_path / "statistics", GROUPS, progress=False)
+    found = measure(Ready(model, texts(3, 12)), targets_of(model), tmp_path / "statistics", GROUPS, progress=False)
     unreached = ["model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.gate_proj.weight"]
     assert sorted(found.unreached()) == unreached
     assert not found.hessian("model.layers.0.mlp.down_proj.weight").any()  # type: ignore[union-attr]
@@ -323,7 +305,7 @@ def test_weights_that_nothing_reached_are_named_and_floored(tmp_path: Path) -> N
 def test_more_groups_than_rows_are_one_a_row(tmp_path: Path) -> None:
     model = make("qwen3_moe").requires_grad_(False)
     targets = [t for t in targets_of(model) if "k_proj" in t.name]  # 20 rows
-    found = measure(Ready(model, texts()), targets, tmp_path / "statistics", 64, progress=False)
+    found = measure(Ready(model, texts(3, 12)), targets, tmp_path / "statistics", 64, progress=False)
     hessian = found.hessian(targets[0].name)
     assert hessian is not None
     assert hessian.shape == (20, 40, 40)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +20,7 @@ from everybit.quantize.solvers import solve
 from everybit.quantize.tuner import Quantized, Tuner, _batches, _LookUp
 from everybit.quantize.tuning import tunable, tune_tables, tuned
 from tests.e2e.architectures import make
-
-
-@dataclass
-class Ready:
-    model: Any
-    sequences: list[torch.Tensor]
-
-
-class Untouchable:
-    @property
-    def model(self) -> Any:
-        pytest.fail("the model was loaded")
-
-    @property
-    def sequences(self) -> list[torch.Tensor]:
-        pytest.fail("the sequences were made")
-
-
-def texts(count: int = 12, length: int = 24) -> list[torch.Tensor]:
-    return list(torch.from_numpy(np.random.default_rng(5).integers(3, 96, (count, 1, length))))
+from tests.unit.calibrated import Ready, Untouchable, texts
 
 
 def float_model(family: str) -> Any:
@@ -126,7 +106,7 @@ def test_a_perturbed_table_is_mended_and_the_report_is_true(family: str, codeboo
 
 
 def test_held_out_text_is_never_trained_on() -> None:
-    tuner = Tuner(float_model("llama"), texts(30), seed=3)
+    tuner = Tuner(float_model("llama"), texts(30, 24), seed=3)
     assert len(tuner._held) == 3
     assert len(tuner._train) == 27
     assert not {s.numpy().tobytes() for s in tuner._held} & {s.numpy().tobytes() for s in tuner._train}
@@ -140,10 +120,10 @@ def test_the_result_is_never_worse(steps: int, monkeypatch: pytest.MonkeyPatch) 
     """Even at rates that destroy everything: then the tables come back as they were."""
     model = float_model("llama")
     weights = {t.name: quantized(model, t, 2) for t in targets_of(model)}
-    plain = Tuner(model, texts()).tune(weights, {}, 2, steps, progress=False)
+    plain = Tuner(model, texts(12, 24)).tune(weights, {}, 2, steps, progress=False)
     assert plain.after <= plain.before
     monkeypatch.setattr(tuner_module, "RATES", dict.fromkeys((2, 3, 4), 1e3))
-    ruined = Tuner(model, texts()).tune(weights, {}, 2, steps, progress=False)
+    ruined = Tuner(model, texts(12, 24)).tune(weights, {}, 2, steps, progress=False)
     assert ruined.after == ruined.before == plain.before
     for name, weight in weights.items():
         np.testing.assert_array_equal(ruined.tables[name], weight.table)
@@ -166,7 +146,7 @@ def test_fixed_parameters_are_those_of_the_quantized_model() -> None:
     weights = {first.name: quantized(model, first, 2)}
     others = {t.name: quantized(model, t, 2) for t in rest}
     fixed = {name: values(w, w.table) for name, w in others.items()}
-    tuner = Tuner(model, texts())
+    tuner = Tuner(model, texts(12, 24))
     alone, among = (tuner.tune(weights, f, 2, 1, progress=False) for f in ({}, fixed))
     start = {first.name: values(weights[first.name], weights[first.name].table)}
     assert among.before == pytest.approx(divergence(model, {**start, **fixed}, tuner._held), rel=1e-4)
@@ -199,8 +179,8 @@ def test_rounding_is_to_the_nearest_int8_and_clips() -> None:
 def test_padding_changes_nothing() -> None:
     """A batch of unequal sequences has the loss and gradient of its tokens one sequence at a time."""
     model = float_model("llama")
-    sequences = [s[:, :n] for s, n in zip(texts(4), (24, 2, 9, 17), strict=True)]
-    tuner = Tuner(model, texts())
+    sequences = [s[:, :n] for s, n in zip(texts(4, 24), (24, 2, 9, 17), strict=True)]
+    tuner = Tuner(model, texts(12, 24))
     name = targets_of(model)[0].name
     value = (model.get_parameter(name) * 0.7).requires_grad_(True)
     (batch,) = _batches(sequences)
@@ -236,7 +216,7 @@ def solved(tmp_path: Path) -> tuple[Any, dict[str, WeightSpec], SolutionFiles]:
 
 def test_weights_with_their_own_bits(solved: Any, tmp_path: Path) -> None:
     model, specs, files = solved
-    report = tune_tables(Ready(model, texts()), specs, files, [2, 3, 6], 8, tmp_path, 0, False)
+    report = tune_tables(Ready(model, texts(12, 24)), specs, files, [2, 3, 6], 8, tmp_path, 0, False)
     assert set(report) == {2, 3}
     assert all(r.after <= r.before for r in report.values())
     for b in (2, 3):  # what was reported, of all weights as they are served at b bits
@@ -251,7 +231,7 @@ def test_weights_with_their_own_bits(solved: Any, tmp_path: Path) -> None:
                 value = value.swapaxes(-1, -2) if spec.transposed else value
                 shape = model.get_parameter(name).shape
                 weights[name] = torch.from_numpy(np.ascontiguousarray(value).reshape(shape))
-            found = divergence(model, weights, Tuner(model, texts())._held)
+            found = divergence(model, weights, Tuner(model, texts(12, 24))._held)
             assert found == pytest.approx(wanted, rel=1e-4)
     for spec in specs.values():
         before, after = files.must_read(spec), tuned(spec, files.must_read(spec), tmp_path)
@@ -264,12 +244,12 @@ def test_weights_with_their_own_bits(solved: Any, tmp_path: Path) -> None:
 
 def test_tuned_tables_are_found_again(solved: Any, tmp_path: Path) -> None:
     model, specs, files = solved
-    first = tune_tables(Ready(model, texts()), specs, files, [2, 3], 4, tmp_path, 0, False)
+    first = tune_tables(Ready(model, texts(12, 24)), specs, files, [2, 3], 4, tmp_path, 0, False)
     content = (tmp_path / "tuned3.part").read_bytes()
     again = tune_tables(Untouchable(), specs, files, [2, 3], 4, tmp_path, 0, False)  # type: ignore[arg-type]
     assert again == first
     (tmp_path / "tuned3.part").write_bytes(content[:-50])
-    assert tune_tables(Ready(model, texts()), specs, files, [2, 3], 4, tmp_path, 0, False) == first
+    assert tune_tables(Ready(model, texts(12, 24)), specs, files, [2, 3], 4, tmp_path, 0, False) == first
     assert (tmp_path / "tuned3.part").read_bytes() == content
 
 
@@ -277,7 +257,7 @@ def test_a_solution_that_is_gone_says_so(solved: Any, tmp_path: Path) -> None:
     model, specs, files = solved
     next((tmp_path / "solutions").iterdir()).unlink()
     with pytest.raises(OutputError, match="is gone or damaged: continue with --resume"):
-        tune_tables(Ready(model, texts()), specs, files, [2], 4, tmp_path, 0, False)
+        tune_tables(Ready(model, texts(12, 24)), specs, files, [2], 4, tmp_path, 0, False)
 
 
 def test_solutions_come_back_as_they_were(solved: Any) -> None:
