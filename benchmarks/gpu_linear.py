@@ -3,8 +3,8 @@
     python benchmarks/gpu_linear.py [--original FOLDER] [--out FILE] [--only check,gemv,gemm]
 
 Weights are random and rotate among copies larger than the L2 cache; launches are captured in a CUDA graph and the
-median of its replays counts. FOLDER holds original.py, wrappers of the kernels of Any-Precision LLM that are not part of this
-repository. Prints a card and writes one JSON line for each figure.
+median of its replays counts. FOLDER holds original.py, wrappers of the kernels of Any-Precision LLM that are no part of
+this repository. Prints a card and writes one JSON line for each figure.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from everybit.formats.codebooks import CODEBOOKS
 from everybit.formats.compact import Compact
 from everybit.gpu import launch
-from everybit.gpu.layout import Tables, byte_tables, tile_planes
+from everybit.gpu.layout import make_tables, tile_planes
 
 SHAPES = {  # [N, K]
     "q, o": (4096, 4096),
@@ -47,10 +47,6 @@ def compact(rows: int, seed: int = 0) -> dict[str, Any]:
     centres = rng.integers(-127, 128, (rows, 16)).astype(np.int8)
     ladders = rng.integers(1, 9, (rows, 16)).astype(np.uint8)
     return Compact.pack(scale, luts, centres, ladders, (scale * rng.uniform(0.05, 0.3, rows)).astype(np.float32))
-
-
-def on_gpu(tables: Tables) -> Tables:
-    return Tables(tables.tables.cuda(), tables.steps.cuda(), tables.scales.cuda(), tables.int8)
 
 
 def timed(launches: list[Callable[[], Any]], repeats: int = 15) -> tuple[float, float]:
@@ -78,7 +74,7 @@ def timed(launches: list[Callable[[], Any]], repeats: int = 15) -> tuple[float, 
 
 
 def note(**record: Any) -> None:
-    records.append(record)
+    records.append({"figure": "ours"} | record)
 
 
 def copies(bytes_each: float) -> int:
@@ -86,10 +82,11 @@ def copies(bytes_each: float) -> int:
 
 
 def bandwidth() -> float:
-    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_(0, 255)
+    """Bytes read and written, the fastest of two kinds of copy, in GB/s."""
+    a = torch.empty(1 << 29, dtype=torch.float16, device="cuda").normal_()
     b = torch.empty_like(a)
-    us, _ = timed([lambda: b.copy_(a)] * 3)
-    return 2 * a.numel() / us / 1e3  # GB/s
+    found = [timed([run] * 3)[0] for run in (lambda: b.copy_(a), lambda: torch.neg(a, out=b))]
+    return 4 * a.numel() / min(found) / 1e3
 
 
 def check(args: argparse.Namespace) -> None:
@@ -104,7 +101,7 @@ def check(args: argparse.Namespace) -> None:
         tiles, arrays = tile_planes(planes, K), compact(N)
         for dtype in (torch.float16, torch.bfloat16):
             for bits in (2, *BITS):
-                tables = on_gpu(byte_tables(CODEBOOKS["compact"], arrays, bits, dtype))
+                tables = make_tables(CODEBOOKS["compact"], arrays, bits, dtype).to("cuda")
                 table = torch.from_numpy(CODEBOOKS["compact"].expand(arrays, bits)).cuda()
                 W = torch.gather(table, 1, (codes >> (8 - bits)).long()).double()
                 for M in args.tokens:
@@ -113,7 +110,9 @@ def check(args: argparse.Namespace) -> None:
                         y = launch.gemv(torch.nn.functional.pad(x, (0, -K % 256)), tiles, tables, bits, N)
                         got = {"gemv": y}
                     else:
-                        got = {f"gemm{t}": launch.gemm(x, tiles, tables, bits, N, tile=t) for t in (128, 256)}
+                        got = {
+                            f"gemm {how}": launch.gemm(x, tiles, tables, bits, N, *how) for how in args.blocks or [[]]
+                        }
                     want = x.double() @ W.T
                     for name, y in got.items():
                         error = ((y.double() - want).norm() / want.norm()).item()
@@ -136,13 +135,12 @@ class Ours:
             for _ in range(amount)
         ]
         arrays = compact(N)
-        self.tables = {b: on_gpu(byte_tables(CODEBOOKS["compact"], arrays, b, dtype)) for b in BITS}
+        self.tables = {b: make_tables(CODEBOOKS["compact"], arrays, b, dtype).to("cuda") for b in BITS}
 
-    def gemv(self, x: torch.Tensor, bits: int, warps: int) -> list[Callable[[], Any]]:
-        return [lambda p=p: launch.gemv(x, p, self.tables[bits], bits, self.N, warps) for p in self.planes]
-
-    def gemm(self, x: torch.Tensor, bits: int, tile: int) -> list[Callable[[], Any]]:
-        return [lambda p=p: launch.gemm(x, p, self.tables[bits], bits, self.N, tile) for p in self.planes]
+    def launches(self, x: torch.Tensor, bits: int, *how: int) -> list[Callable[[], Any]]:
+        """One for each copy, by gemv or gemm."""
+        run, tables = launch.gemv if len(x) <= launch.MOST_FEW else launch.gemm, self.tables[bits]
+        return [lambda p=p: run(x, p, tables, bits, self.N, *how) for p in self.planes]
 
 
 def gemv(args: argparse.Namespace, copy: float, original: Any) -> None:
@@ -159,9 +157,9 @@ def gemv(args: argparse.Namespace, copy: float, original: Any) -> None:
             line = f"{name:9} M={M:<3} cublas {us:7.1f} us |"
             for bits in BITS:
                 best = None
-                for warps in args.warps if M <= 8 else (8,):
-                    us, spread = timed(ours.gemv(x, bits, warps))
-                    note(figure="gemv", shape=name, M=M, bits=bits, us=us, spread=spread, warps=warps, dtype="f16")
+                for how in args.blocks or [[]]:
+                    us, spread = timed(ours.launches(x, bits, *how))
+                    note(shape=name, M=M, bits=bits, us=us, spread=spread, how=how, dtype="f16")
                     best = us if best is None else min(best, us)
                 share = N * K * bits / 8 / best / 1e3 / copy
                 line += f" {bits}b {best:6.1f} ({share:.0%})"
@@ -200,10 +198,10 @@ def gemm(args: argparse.Namespace) -> None:
                     f"{name:9} {str(dtype)[6:]:8} M={M:<5} cublas {us:7.1f} us {2 * M * N * K / us / 1e6:.0f} TFLOP/s |"
                 )
                 for bits in (3, 4, 6, 8):
-                    for tile in (128, 256):
-                        mine, _ = timed(ours.gemm(x, bits, tile), 7)
-                        note(figure="gemm", dtype=str(dtype), shape=name, M=M, bits=bits, tile=tile, us=mine)
-                        line += f" {bits}b/{tile} {us / mine:.2f}x"
+                    for how in args.blocks or [[]]:
+                        mine, _ = timed(ours.launches(x, bits, *how), 7)
+                        note(dtype=str(dtype), shape=name, M=M, bits=bits, how=how, us=mine)
+                        line += f" {bits}b{'/' if how else ''}{'x'.join(map(str, how))} {us / mine:.2f}x"
                 print(line, flush=True)
 
 
@@ -215,11 +213,13 @@ def main() -> None:
     parser.add_argument("--shapes", type=lambda s: s.split("|"), default=list(SHAPES))
     parser.add_argument("--tokens", type=lambda s: [int(v) for v in s.split(",")], default=[1, 4, 8, 16, 64])
     parser.add_argument("--many", type=lambda s: [int(v) for v in s.split(",")], default=[512, 2048])
-    parser.add_argument("--warps", type=lambda s: [int(v) for v in s.split(",")], default=[8])
+    parser.add_argument("--blocks", type=lambda s: [[int(v) for v in b.split("x")] for b in s.split(",")], default=[])
     args = parser.parse_args()
     begin = time.time()
     copy = bandwidth()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy:.0f} GB/s (reads + writes)", flush=True)
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy:.0f} GB/s (reads + writes)", flush=True
+    )
     note(figure="copy", gbs=copy, gpu=torch.cuda.get_device_name(), torch=torch.__version__)
     original = None
     if args.original:

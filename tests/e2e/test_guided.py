@@ -227,6 +227,7 @@ def test_a_machine_without_memory_does_not_tune(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(build, "memory_bytes", lambda *_: 1 << 60)
+    monkeypatch.setattr(build, "block_memory_bytes", lambda *_: 1 << 60)
     options = ["--calibration", "random", "--calibration-sequences", "2", "--calibration-length", "16", "--bits", "2"]
     assert main(["quantize", str(tiny_llama), str(tmp_path / "out"), *options]) == 0
     assert "tables are not tuned: it needs about 1152921505 GB of memory, this machine has" in capsys.readouterr().out

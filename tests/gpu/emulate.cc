@@ -1,110 +1,93 @@
 // The kernels of everybit/gpu/cuda on a CPU, for tests where there is no GPU. Built by tests/gpu/emulator.py.
+#define KERNEL_EMULATED
 #include "emulate.h"
 
-#define KERNEL_EMULATED
-#define KERNEL_TYPE F16
-#define KERNEL_BITS 3
-#define KERNEL_INT8 true
-#define KERNEL_TILES 1
-#define KERNEL_WARPS 4
-
 #include "decode.cuh"
-namespace small {
-#include "gemv.cu"
-}
-namespace large {
+
 #include "arrange.cu"
 #include "gemm.cu"
-}
-using small::kWarps;
-using small::Weight;
+#include "gemv.cu"
 
 namespace {
 
 struct Arguments {
   Weight weight;
   const u16* x;
-  int x_stride;
+  int x_stride, columns;
   u16* y;
-  int tokens;
+  int tokens, tile, block;  // the last two of gemm
 };
 
-template <class T, int BITS, bool INT8, int NT>
-void run(const Arguments& a) {
-  emulate::launch({unsigned(a.weight.row_tiles), 1, 1}, kWarps * 32, [&] {
-    static float shared[kWarps * NT * 8 * 16];
-    small::rows_times<T, BITS, INT8, NT>(a.weight, a.x, a.x_stride, a.y, a.tokens, nullptr, shared);
+// A kernel's shared memory, at a place that is aligned as shared memory is.
+template <class Kernel>
+struct Memory {
+  using Shared = typename Kernel::Shared;
+  Shared* shared = static_cast<Shared*>(std::aligned_alloc(4096, (sizeof(Shared) + 4095) / 4096 * 4096));
+  Memory() {
+    std::memset(static_cast<void*>(shared), 0x5a, sizeof(Shared));
+    shared_memory = reinterpret_cast<const char*>(shared);
+  }
+  ~Memory() { std::free(shared); }
+};
+
+template <class T, int BITS, bool BYTES, int NT>
+void few(const Arguments& a) {
+  using Kernel = Gemv<T, BITS, BYTES, NT, 3>;
+  Memory<Kernel> memory;
+  const unsigned blocks = a.weight.row_tiles < 2 ? 1 : 2;  // fewer than row tiles, so that blocks go on to a next one
+  emulate::launch({blocks, 1, 1}, kWarps * 32,
+                  [&] { Kernel::run(*memory.shared, a.weight, a.x, a.x_stride, a.y, a.tokens, nullptr); });
+}
+
+template <class T, int BITS, bool BYTES, int TOKENS, int ROWS, int GROUPS>
+void many(const Arguments& a) {
+  using Kernel = Gemm<T, BITS, BYTES, TOKENS, ROWS, GROUPS, 6>;
+  const Weight& w = a.weight;
+  const int chunks = w.column_tiles * 4, token_tiles = (a.tokens + TOKENS - 1) / TOKENS;
+  std::vector<Vec4> images(size_t(token_tiles) * chunks * TOKENS * 8);
+  for (int token = 0; token < token_tiles * TOKENS; ++token)
+    for (int group = 0; group < chunks * 2; ++group)
+      arrange_group<TOKENS>(a.x, a.x_stride, a.tokens, a.columns, chunks, images.data(), token, group);
+  Memory<Kernel> memory;
+  emulate::launch({unsigned((w.rows + ROWS - 1) / ROWS), unsigned(token_tiles), 1}, GROUPS * 128 + 128, [&] {
+    Kernel::run(*memory.shared, w, reinterpret_cast<const u8*>(images.data()), a.y, a.tokens);
   });
 }
 
-template <class T, int BITS, bool INT8>
-void by_tokens(const Arguments& a) {
-  if (a.tokens <= 8) return run<T, BITS, INT8, 1>(a);
-  return run<T, BITS, INT8, 2>(a);
-}
-
-template <class T, bool INT8>
-bool by_bits(int bits, const Arguments& a) {
-  switch (bits) {
-    case 1: return by_tokens<T, 1, INT8>(a), true;
-    case 2: return by_tokens<T, 2, INT8>(a), true;
-    case 3: return by_tokens<T, 3, INT8>(a), true;
-    case 4: return by_tokens<T, 4, INT8>(a), true;
-    case 5: return by_tokens<T, 5, INT8>(a), true;
-    case 6: return by_tokens<T, 6, INT8>(a), true;
-    case 7: return by_tokens<T, 7, INT8>(a), true;
-    case 8: return by_tokens<T, 8, INT8>(a), true;
-  }
+template <class T, int BITS, bool BYTES>
+bool by_shape(const Arguments& a) {
+  if (a.tile == 0) return (a.tokens <= 8 ? few<T, BITS, BYTES, 1>(a) : few<T, BITS, BYTES, 2>(a)), true;
+  if (a.tile == 32 && a.block == 64) return many<T, BITS, BYTES, 32, 64, 3>(a), true;
+  if (a.tile == 64 && a.block == 128) return many<T, BITS, BYTES, 64, 128, 2>(a), true;
+  if (a.tile == 64 && a.block == 64) return many<T, BITS, BYTES, 64, 64, 2>(a), true;
   return false;
 }
 
-template <class T, int BITS, bool INT8>
-bool many(const Weight& weight, const u16* x, int x_stride, int columns, u16* y, int tokens) {
-  constexpr int kTokens = 64;
-  using Kernel = large::Gemm<T, BITS, INT8, kTokens, 3>;
-  const large::Weight w{weight.planes, weight.tables, weight.steps, weight.scales, weight.rows, weight.row_tiles, weight.column_tiles};
-  const int chunks = w.column_tiles * 4, token_tiles = (tokens + kTokens - 1) / kTokens;
-  std::vector<Vec4> images(size_t(token_tiles) * chunks * kTokens * 8);
-  for (int token = 0; token < token_tiles * kTokens; ++token)
-    for (int group = 0; group < chunks * 2; ++group)
-      large::arrange_group<kTokens>(x, x_stride, tokens, columns, chunks, images.data(), token, group);
-  auto* shared = static_cast<typename Kernel::Shared*>(std::aligned_alloc(1024, sizeof(typename Kernel::Shared)));
-  emulate::launch({unsigned(w.row_tiles + 7) / 8, unsigned(token_tiles), 1}, large::kConsumers + 128,
-                  [&] { Kernel::run(*shared, w, reinterpret_cast<const u8*>(images.data()), y, tokens); });
-  std::free(shared);
-  return true;
-}
-
-template <class T, bool INT8>
-bool many_by_bits(int bits, const Weight& w, const u16* x, int x_stride, int columns, u16* y, int tokens) {
+template <class T, bool BYTES>
+bool by_bits(int bits, const Arguments& a) {
   switch (bits) {
-    case 1: return many<T, 1, INT8>(w, x, x_stride, columns, y, tokens);
-    case 2: return many<T, 2, INT8>(w, x, x_stride, columns, y, tokens);
-    case 3: return many<T, 3, INT8>(w, x, x_stride, columns, y, tokens);
-    case 4: return many<T, 4, INT8>(w, x, x_stride, columns, y, tokens);
-    case 5: return many<T, 5, INT8>(w, x, x_stride, columns, y, tokens);
-    case 6: return many<T, 6, INT8>(w, x, x_stride, columns, y, tokens);
-    case 7: return many<T, 7, INT8>(w, x, x_stride, columns, y, tokens);
-    case 8: return many<T, 8, INT8>(w, x, x_stride, columns, y, tokens);
+    case 1: return by_shape<T, 1, BYTES>(a);
+    case 2: return by_shape<T, 2, BYTES>(a);
+    case 3: return by_shape<T, 3, BYTES>(a);
+  }
+  if constexpr (!BYTES) {
+    switch (bits) {
+      case 4: return by_shape<T, 4, BYTES>(a);
+      case 5: return by_shape<T, 5, BYTES>(a);
+      case 6: return by_shape<T, 6, BYTES>(a);
+      case 7: return by_shape<T, 7, BYTES>(a);
+      case 8: return by_shape<T, 8, BYTES>(a);
+    }
   }
   return false;
 }
 
 }  // namespace
 
-extern "C" bool emulated_gemm(int bits, int bfloat, int int8, const Vec4* planes, const u8* tables, const u16* steps,
-                              const float* scales, int rows, int row_tiles, int column_tiles, const u16* x, int x_stride,
-                              int columns, u16* y, int tokens) {
-  const Weight w{planes, tables, steps, scales, rows, row_tiles, column_tiles};
-  if (bfloat) return !int8 && many_by_bits<BF16, false>(bits, w, x, x_stride, columns, y, tokens);
-  return int8 ? many_by_bits<F16, true>(bits, w, x, x_stride, columns, y, tokens)
-              : many_by_bits<F16, false>(bits, w, x, x_stride, columns, y, tokens);
-}
-
-extern "C" bool emulated_gemv(int bits, int bfloat, int int8, const Vec4* planes, const u8* tables, const u16* steps,
-                              const float* scales, int rows, int row_tiles, int column_tiles, const u16* x, int x_stride,
-                              u16* y, int tokens) {
-  const Arguments a{{planes, tables, steps, scales, rows, row_tiles, column_tiles}, x, x_stride, y, tokens};
-  if (bfloat) return !int8 && by_bits<BF16, false>(bits, a);
-  return int8 ? by_bits<F16, true>(bits, a) : by_bits<F16, false>(bits, a);
+extern "C" bool emulated(int bits, int bfloat, int bytes, int tile, int block, const Vec4* planes, const u32* tables,
+                         const float* scales, int rows, int row_tiles, int column_tiles, const u16* x, int x_stride,
+                         int columns, u16* y, int tokens) {
+  const Arguments a{{planes, tables, scales, rows, row_tiles, column_tiles}, x, x_stride, columns, y, tokens, tile, block};
+  if (bfloat) return !bytes && by_bits<BF16, false>(bits, a);
+  return bytes ? by_bits<F16, true>(bits, a) : by_bits<F16, false>(bits, a);
 }

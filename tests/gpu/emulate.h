@@ -239,7 +239,25 @@ inline u32 permute(u32 a, u32 b, u32 sel) {
   }
   return d;
 }
-inline Vec4 load_stream(const Vec4* p) { return *p; }
+inline const char* shared_memory = nullptr;  // addresses are relative to it
+inline u32 shared_address(const void* p) { return u32(static_cast<const char*>(p) - shared_memory); }
+template <int OFFSET>
+u32 load_shared(u32 address) {
+  u32 v;
+  std::memcpy(&v, shared_memory + address + OFFSET, 4);
+  return v;
+}
+inline u32 select(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
+inline u32 and_or(u32 a, u32 mask, u32 ones) { return (a & mask) | ones; }
+inline u32 flip(u32 a, u32 b, u32 mask) { return a ^ (b & mask); }
+inline u32 upper_half(u32 a) { return a >> 16; }
+inline u32 funnel(u32 a, u32 b) { return a >> 16 | b << 16; }
+inline void after_previous_kernel() {}
+inline void __syncwarp() { emulate::warp_sync(); }
+inline void copy_ahead(Vec4* to, const Vec4* from) { *to = *from; }
+inline void end_group() {}
+template <int LEFT>
+void wait_groups() {}
 inline Vec4 load_cached(const Vec4* p) { return *p; }
 
 template <class T, u32 MAGIC>
@@ -248,7 +266,6 @@ struct Emulated {
   static u16 round(float v) { return T::rounded(v); }
   static u32 pair(float v) { return T::rounded(v) * 0x00010001u; }
   static u32 sub(u32 a, u32 b) { return emulate::each<T>(a, b, b, [](double x, double y, double) { return x - y; }); }
-  static u32 mul(u32 a, u32 b) { return emulate::each<T>(a, b, b, [](double x, double y, double) { return x * y; }); }
   static u32 fma(u32 a, u32 b, u32 c) {
     return emulate::each<T>(a, b, c, [](double x, double y, double z) { return x * y + z; });
   }

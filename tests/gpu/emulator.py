@@ -27,7 +27,7 @@ def library() -> ctypes.CDLL:
     command = [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{SOURCES}", f"-I{HERE}"]
     subprocess.run([*command, "-o", str(out), str(HERE / "emulate.cc")], check=True)
     loaded = ctypes.CDLL(str(out))
-    loaded.emulated_gemv.restype = loaded.emulated_gemm.restype = ctypes.c_bool
+    loaded.emulated.restype = ctypes.c_bool
     shutil.rmtree(folder)
     return loaded
 
@@ -38,15 +38,14 @@ def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
 
 
 def times(
-    name: str, x: torch.Tensor, planes: torch.Tensor, tables: Tables, bits: int, rows: int, columns: int
+    x: torch.Tensor, planes: torch.Tensor, tables: Tables, bits: int, rows: int, tile: int = 0, block: int = 0
 ) -> torch.Tensor:
-    """`name` is gemv (columns of x padded to whole tiles) or gemm. Shapes: x [M, K] -> [M, rows]"""
+    """By gemv, or with `tile` tokens and `block` rows by gemm. Shapes: x [M, K], for gemv whole tiles -> [M, rows]"""
     y = torch.full((len(x), rows), float("nan"), dtype=x.dtype)
-    weight = (
-        bits, int(x.dtype == torch.bfloat16), int(tables.int8), pointer(planes), pointer(tables.tables),
-        pointer(tables.steps), pointer(tables.scales), rows, planes.shape[1], planes.shape[2], pointer(x), x.stride(0),
+    found = library().emulated(
+        bits, int(x.dtype == torch.bfloat16), int(tables.as_bytes), tile, block, pointer(planes),
+        pointer(tables.entries), pointer(tables.scales), rows, planes.shape[1], planes.shape[2], pointer(x),
+        x.stride(0), x.shape[1], pointer(y), len(x),
     )  # fmt: skip
-    extra = (columns,) if name == "gemm" else ()
-    found = getattr(library(), f"emulated_{name}")(*weight, *extra, pointer(y), len(x))
-    assert found, f"no kernel for {bits} bits, {x.dtype}, int8 {tables.int8}"
+    assert found, f"no kernel for {bits} bits, {x.dtype}, bytes {tables.as_bytes}, {tile} x {block}"
     return y

@@ -133,6 +133,7 @@ def describe(report: QuantizeReport) -> str:
             lines.append(f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
     for bits, tuned in report.tuned.items():
         gain = f"KL {tuned.before:.3g} -> {tuned.after:.3g} on calibration text held out of it, {tuned.steps} steps"
+        gain += "" if tuned.blocks is None else f" at most for each block, {tuned.blocks} of which gained"
         lines.append(f"tuned {bits} bits: {gain}")
     if report.untuned not in (None, "switched off", "no calibration"):
         lines.append(f"tables are not tuned: {report.untuned}")

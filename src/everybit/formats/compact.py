@@ -51,7 +51,7 @@ class Compact(Codebook):
         ladders = unpack_nibbles(records[:, _LADDERS])
         steps = from_bf16(np.ascontiguousarray(records[:, _STEP]).view("<u2")[:, 0])
         require_widths(steps, "step")
-        return Grid(_times(scale, centres), ladders, steps, np.ascontiguousarray(scale[:, 0]))
+        return Grid(_times(scale, centres), ladders, steps)
 
     def unit(self, arrays: Arrays, bits: int) -> F32 | None:
         return None if bits > CELL_BITS else np.ascontiguousarray(self.rows(arrays, bits)[0][:, 0])

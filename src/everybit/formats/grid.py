@@ -21,14 +21,12 @@ class Grid:
     """With c the top 4 bits of a code of b bits, r the others and n = 2^(b-4),
     value = centre[c] + step * (ladder[c] * (2r + 1 - n) * (16 / n)), rounded to f32 after product and sum.
 
-    Shapes: centres f32[rows, 16], ladders u8[rows, 16] within 1..8, steps f32[rows]; unit f32[rows], if there: the
-    centres are multiples of it by integers of -127 to 127
+    Shapes: centres f32[rows, 16], ladders u8[rows, 16] within 1..8, steps f32[rows]
     """
 
     centres: F32
     ladders: U8
     steps: F32
-    unit: F32 | None = None
 
     def values(self, bits: int) -> F32:
         """Of every code of `bits` bits; not finite where they overflow. Shapes: -> f32[rows, 2^bits]"""

@@ -5,63 +5,74 @@ from __future__ import annotations
 import torch
 
 from everybit.gpu.compile import kernel
-from everybit.gpu.layout import TILE_COLUMNS, Tables
+from everybit.gpu.layout import TILE_COLUMNS, TILE_ROWS, Tables
 
-MOST_FEW = 64  # tokens that gemv takes at once
-WARPS = 8  # of a gemv block
+MOST_FEW = 16  # tokens that gemv takes at once
+_WARPS = 8  # of a gemv block
+_CHUNK = 64  # columns of x in a stage
+_TABLE = 8192  # bytes in shared memory of a row tile's
+_ALIGN, _RESERVED = 4096, 1024  # of shared memory: where tables begin, what CUDA has for itself before
+_DEPTHS = {1: (6, 3), 2: (6, 3), 3: (4, 3), 4: (2, 3), 5: (2, 3), 6: (3, 2), 7: (3, 2), 8: (2, 2)}
 _TYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def gemv(
-    x: torch.Tensor, planes: torch.Tensor, tables: Tables, bits: int, rows: int, warps: int = WARPS
+    x: torch.Tensor, planes: torch.Tensor, tables: Tables, bits: int, rows: int, depth: int = 0, blocks: int = 0
 ) -> torch.Tensor:
     """A few tokens: planes are read once, decoded in registers and multiplied by the tensor cores.
 
-    Shapes: x [M, 256C] of F16 or BF16, M <= 64; planes u8[B, R, C, 32, 16] -> [M, rows]
+    `depth` tiles of planes are under way for each warp, `blocks` are wanted on a multiprocessor.
+    Shapes: x [M, 256C] of F16 or BF16, M <= 16; planes u8[B, R, C, 32, 16] -> [M, rows]
     Needs:  a GPU of compute capability 8.0 or more; every stride of x a multiple of 8
     """
-    tokens = len(x)
+    tokens, device = len(x), x.device.index
+    tiles = 1 if tokens <= 8 else 2
+    depth, blocks = depth or _DEPTHS[bits][0], blocks or _DEPTHS[bits][1]
+    constants = {"bits": bits, "tiles": tiles, "depth": depth, "blocks": blocks, **_variant(x, tables)}
+    tables_bytes = 2 * (16 if tables.as_bytes else _TABLE)
+    sums_bytes = 2 * _WARPS * tiles * 8 * TILE_ROWS * 4
+    shared = _ALIGN - _RESERVED + tables_bytes + sums_bytes + depth * bits * _WARPS * 512
+    run = kernel("gemv", device, shared, **constants)
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    tiles = 1 << max(0, (tokens - 1).bit_length() - 3)
-    run = kernel(
-        "gemv", x.device.index, type=_TYPES[x.dtype], bits=bits, int8=_flag(tables), tiles=tiles, warps=warps
-    )
-    args = [*_weight(planes, tables, rows), x, x.stride(0), y, tokens]
-    run(grid=(planes.shape[1], 1, 1), block=(32 * warps, 1, 1), args=args)
+    most = run.blocks_at_once(32 * _WARPS) * torch.cuda.get_device_properties(device).multi_processor_count
+    grid = (min(planes.shape[1], most), 1)
+    run(grid, 32 * _WARPS, *_weight(planes, tables, rows), x, x.stride(0), y, tokens)
     return y
 
 
 def gemm(
-    x: torch.Tensor, planes: torch.Tensor, tables: Tables, bits: int, rows: int, tile: int = 0, stages: int = 0
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    tables: Tables,
+    bits: int,
+    rows: int,
+    tile: int = 128,
+    block: int = 128,
+    groups: int = 2,
 ) -> torch.Tensor:
     """Many tokens, on a GPU of compute capability 9.0: codes become tensor-core operands in registers.
 
+    A block takes `tile` tokens (32, 64, 128, 256) and `block` rows (64, 128), and has `groups` groups of 128 threads.
     Shapes: x [M, K] of F16 or BF16, K a multiple of 8; planes u8[B, R, C, 32, 16] -> [M, rows]
     """
-    tokens, columns = x.shape
-    tile = tile or 128
-    stages = stages or (5 if tile == 256 else 8)
+    (tokens, columns), device = x.shape, x.device.index
+    stage, tables_bytes = tile * _CHUNK * 2, 0 if tables.as_bytes else block // TILE_ROWS * _TABLE
+    stages = min(12, (208 * 1024 - tables_bytes) // stage)
+    shared = _ALIGN + tables_bytes + stages * (stage + 16) + 2048
+    constants = {"bits": bits, "tokens": tile, "rows": block, "groups": groups, "stages": stages, **_variant(x, tables)}
+    chunks, token_tiles = planes.shape[2] * (TILE_COLUMNS // _CHUNK), -(-tokens // tile)
+    images = torch.empty(token_tiles * chunks * tile * _CHUNK, dtype=x.dtype, device=x.device)
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    chunks, token_tiles = planes.shape[2] * (TILE_COLUMNS // 64), -(-tokens // tile)
-    images = torch.empty(token_tiles * chunks * tile * 64, dtype=x.dtype, device=x.device)
-    constants = {"type": _TYPES[x.dtype], "bits": bits, "int8": _flag(tables), "tokens": tile, "stages": stages}
-    arrange = kernel("arrange", x.device.index, tokens=tile)
-    run = kernel("gemm", x.device.index, **constants)
-    shared = stages * tile * 128 + stages * 16 + 2048
-    run.set_shared_memory_config(shared)
-    arrange(
-        grid=(-(-chunks * 2 // 64), token_tiles * tile // 4, 1),
-        block=(256, 1, 1),
-        args=[x, x.stride(0), tokens, columns, chunks, images],
-    )
-    args = [*_weight(planes, tables, rows), images, y, tokens]
-    run(grid=(-(-planes.shape[1] // 8), token_tiles, 1), block=(384, 1, 1), args=args, shared_mem=shared)
+    arrange = kernel("arrange", device, tokens=tile)
+    arrange((-(-chunks * 2 // 64), token_tiles * tile // 4), 256, x, x.stride(0), tokens, columns, chunks, images)
+    run = kernel("gemm", device, shared, **constants)
+    run((-(-rows // block), token_tiles), 128 * groups + 128, *_weight(planes, tables, rows), images, y, tokens)
     return y
 
 
-def _flag(tables: Tables) -> str:
-    return "true" if tables.int8 else "false"
+def _variant(x: torch.Tensor, tables: Tables) -> dict[str, str]:
+    return {"type": _TYPES[x.dtype], "bytes": "true" if tables.as_bytes else "false"}
 
 
-def _weight(planes: torch.Tensor, tables: Tables, rows: int) -> list[torch.Tensor | int]:
-    return [planes, tables.tables, tables.steps, tables.scales, rows, planes.shape[1], planes.shape[2]]
+def _weight(planes: torch.Tensor, tables: Tables, rows: int) -> tuple[torch.Tensor | int, ...]:
+    return planes, tables.entries, tables.scales, rows, planes.shape[1], planes.shape[2]

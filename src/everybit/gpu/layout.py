@@ -1,4 +1,4 @@
-"""An overlay's weight as the GPU kernels read it: planes in tiles, codebooks as byte tables.
+"""An overlay's weight as the GPU kernels read it: planes in tiles, codebooks as tables in its activations' dtype.
 
 Planes lie in tiles of 16 rows x 256 columns, 512 bytes a plane, so that a warp reads a tile of a plane with one 16-byte
 load a lane and each lane then holds just the bits that its part of the tensor-core operand needs (cuda/decode.cuh).
@@ -21,21 +21,25 @@ from everybit.formats.codebook import F32, Arrays, Codebook
 from everybit.formats.grid import CELL_BITS, Grid
 
 TILE_ROWS, TILE_COLUMNS = 16, 256
-_RESIDUAL_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # of the eight columns of a word's nibbles, in planes that hold residuals
-_MOST_STEPS = 2048.0  # of an F16: beyond, centres are no integers near it
+# The columns, of eight, that the nibbles of a word hold: so that pairs come out as neighbours (cuda/decode.cuh).
+_INDEX_ORDER, _RESIDUAL_ORDER = [0, 2, 1, 3, 4, 6, 5, 7], [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 @dataclass(frozen=True)
 class Tables:
     """The codebook of one precision in units of `scales`, for activations of one dtype.
 
-    Shapes: tables u8[16R, width], steps i16[16R] (the bits of an F16 or BF16; empty up to 4 bits), scales f32[16R]
+    Where `as_bytes`, integers of -127 to 127, stored + 128. Else 16 entries a row: a number and, above 4 bits, in the
+    upper half the width that an odd multiple of is added to it.
+    Shapes: entries i32[16R, 1 or 2 or 16], scales f32[16R]
     """
 
-    tables: torch.Tensor
-    steps: torch.Tensor
+    entries: torch.Tensor
     scales: torch.Tensor
-    int8: bool
+    as_bytes: bool
+
+    def to(self, device: torch.device | str) -> Tables:
+        return Tables(self.entries.to(device), self.scales.to(device), self.as_bytes)
 
 
 def tile_planes(planes: torch.Tensor, columns: int) -> torch.Tensor:
@@ -52,56 +56,50 @@ def tile_planes(planes: torch.Tensor, columns: int) -> torch.Tensor:
     for k in range(B):
         padded[:N, : planes.shape[2]] = planes[k]
         bits = (padded[..., None] >> shifts) & 1
-        # row = 8h + g; column = 256c + 128q + 32i + 8t + j; bit 4j + i of word (h, q) of lane 4g + t
-        bits = bits.view(R, 2, 8, C, 2, 4, 4, 8).permute(0, 3, 2, 6, 1, 4, 7, 5)  # R C g t h q j i
-        if k >= CELL_BITS:
-            bits = bits[:, :, :, :, :, :, _RESIDUAL_ORDER]
+        # row = 8h + g; column = 256c + 128q + 32i + 8t + order[p]; bit 4p + i of word (h, q) of lane 4g + t
+        bits = bits.view(R, 2, 8, C, 2, 4, 4, 8).permute(0, 3, 2, 6, 1, 4, 7, 5)  # R C g t h q p i
+        bits = bits[:, :, :, :, :, :, _RESIDUAL_ORDER if k >= CELL_BITS else _INDEX_ORDER]
         words = bits.reshape(R, C, 32, 16, 8)
         out[k] = (words << shifts).sum(-1, dtype=torch.uint8)
     return out
 
 
-def byte_tables(codebook: Codebook, arrays: Arrays, bits: int, dtype: torch.dtype) -> Tables:
+def make_tables(codebook: Codebook, arrays: Arrays, bits: int, dtype: torch.dtype) -> Tables:
     """The codebook that `bits` reads, rounded to `dtype` except where its numbers are small integers.
 
     Raises: PrecisionError where it is a free table above 4 bits; ShapeError, FormatError as the codebook does
     """
     grid = _grid(codebook, arrays, bits)
     values = codebook.expand(arrays, bits) if grid is None else grid.centres
-    unit = codebook.unit(arrays, bits) if grid is None else grid.unit
-    steps = None if grid is None else grid.steps * np.float32(16 >> (bits - CELL_BITS))
-    int8 = unit is not None and dtype == torch.float16
-    if int8:
+    unit = codebook.unit(arrays, bits) if grid is None else None
+    as_bytes = unit is not None and dtype == torch.float16 and bits < CELL_BITS
+    if unit is not None:
         scales = np.where(unit > 0, unit, np.float32(1))
-        int8 = steps is None or bool(((steps == 0) | ((unit > 0) & (steps / scales < _MOST_STEPS))).all())
-    if not int8:  # a power of two, which loses nothing
+    else:  # a power of two, which loses nothing
         most = np.abs(values).max(axis=1) if grid is None else np.abs(grid.ends(bits)).max(axis=(1, 2))
         scales = np.exp2(np.floor(np.log2(np.where(most > 0, most, 1)))).astype(np.float32)
-
-    def rows(array: NDArray[Any], width: int = 0) -> NDArray[Any]:
-        """Padded to whole tiles, and to `width` columns."""
-        more = -len(array) % TILE_ROWS
-        return np.pad(array, ((0, more), (0, max(0, width - array.shape[1]))) if array.ndim == 2 else (0, more))
-
-    numbers = rows(values / scales[:, None], 4)
-    parts = [(np.rint(numbers) + 128).astype(np.uint8)] if int8 else list(_split(numbers, dtype))
-    if grid is not None:
-        high, low = _split(rows(grid.ladders.astype(np.float32)), dtype)
-        parts += [high] if int8 else [high, low]
+    numbers = values / scales[:, None]
+    if as_bytes:
+        entries = np.full((len(scales), 4 if bits < 3 else 8), 128, np.uint8)
+        entries[:, : numbers.shape[1]] = np.rint(numbers) + 128
+        entries = entries.view("<i4")
+    else:
+        entries = np.zeros((len(scales), 16), np.uint32)
+        entries[:, : numbers.shape[1]] = _bits_of(numbers, dtype)
+        if grid is not None:
+            widths = grid.ladders * (grid.steps * np.float32(16 >> (bits - CELL_BITS)) / scales)[:, None]
+            entries |= _bits_of(widths, dtype) << np.uint32(16)
+        entries = entries.view(np.int32)
+    more = -len(scales) % TILE_ROWS
     return Tables(
-        torch.from_numpy(np.concatenate(parts, axis=1)),
-        torch.from_numpy(rows(np.zeros(0, np.float32) if steps is None else steps / scales))
-        .to(dtype)
-        .view(torch.int16),
-        torch.from_numpy(rows(scales)),
-        int8,
+        torch.from_numpy(np.pad(entries, ((0, more), (0, 0)))), torch.from_numpy(np.pad(scales, (0, more))), as_bytes
     )
 
 
-def _split(numbers: F32, dtype: torch.dtype) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """High and low bytes of the numbers rounded to `dtype`."""
-    bits = torch.from_numpy(numbers).to(dtype).view(torch.int16).numpy().view(np.uint16)
-    return (bits >> 8).astype(np.uint8), (bits & 255).astype(np.uint8)
+def _bits_of(numbers: F32, dtype: torch.dtype) -> NDArray[np.uint32]:
+    """Of the numbers rounded to `dtype`."""
+    rounded = torch.from_numpy(np.ascontiguousarray(numbers, np.float32)).to(dtype)
+    return rounded.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
 
 
 def _grid(codebook: Codebook, arrays: Arrays, bits: int) -> Grid | None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -22,6 +22,7 @@ from everybit.errors import SourceError
 from everybit.formats import OverlayWriter, QuantizationConfig, TensorSpec, WeightSpec, check_bits
 from everybit.formats.sizes import SizeReport
 from everybit.quantize import calibrate
+from everybit.quantize.blocks import Blocks
 from everybit.quantize.calibrate import Calibrated
 from everybit.quantize.card import model_card
 from everybit.quantize.discover import Target, discover
@@ -30,7 +31,16 @@ from everybit.quantize.solutions import SolutionFiles
 from everybit.quantize.solvers import KINDS, Solution, codebook_kind
 from everybit.quantize.source import FLOATS, Source, resolve
 from everybit.quantize.statistics import Statistics, measure
-from everybit.quantize.tuning import STEPS, TunedBits, memory_bytes, tunable, tune_tables, tuned
+from everybit.quantize.tuning import (
+    STEPS,
+    TunedBits,
+    block_memory_bytes,
+    memory_bytes,
+    tunable,
+    tune_blocks,
+    tune_tables,
+    tuned,
+)
 from everybit.quantize.workspace import (
     WORK,
     copy_side_files,
@@ -44,6 +54,8 @@ from everybit.quantize.workspace import (
 OUTLIER = 20.0  # times a row's root mean square: beyond, int8 tables cost more than the bits they save
 GROUPS = 4  # of output rows that share a Hessian: those of single rows are 3 to 10 % better and do not scale
 TABLE_DTYPES = {"float16": "F16", "float32": "F32"}
+TUNE = ("whole", "blocks")
+MEMORY_SHARE = 0.8  # of this machine's, that tuning may take
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ def quantize(
     table_dtype: str | None = None,
     shard_bytes: int = 2 << 30,
     threads: int = 0,
-    tune: bool | None = None,
+    tune: bool | Literal["whole", "blocks"] | None = None,
     tune_steps: int = STEPS,
     statistics: str | Path | None = None,
     dry_run: bool = False,
@@ -109,11 +121,13 @@ def quantize(
     match wins. `codebook` is `compact` (the default: 58 bytes a row for 2 to 8 bits) or `table` (2^b numbers a row for
     each b); the solver uniform has its own. `table_dtype` is that of tables, float16 (the default) or float32.
     `tune` trains the tables of each precision against the float model, `tune_steps` at most; by default where there is
-    calibration, and memory for it. `statistics` is a folder that keeps what calibration measured, for the next run
+    calibration, and memory for it: the `whole` model's at once, or else that of one of its `blocks` after the other,
+    which gains less at 2 bits. `statistics` is a folder that keeps what calibration measured, for the next run
     with the same model, text and options.
 
     Cost: memory of one parameter; with calibration, of the float32 model, its sensitivities and up to 4 GiB of Hessians
-    as well; with tuning, about 14 bytes a parameter and activations.
+    as well; with tuning, about 14 bytes a parameter and activations, or those of a decoder block and, on disk, three
+    float32 hidden states of the calibration text.
     Mutates: creates `out`; `out.partial` while it runs.
     Raises: SourceError, PrecisionError, OutputError; nothing appears under `out` then.
     """
@@ -126,6 +140,8 @@ def quantize(
     if str(calibration) == "none" and (solver == "guided" or tune or statistics is not None):
         what = "the solver guided" if solver == "guided" else "tuning" if tune else "a statistics folder"
         raise SourceError(f"{what} needs calibration: give a text file, self or random")
+    if not isinstance(tune, bool | None) and tune not in TUNE:
+        raise SourceError(f"tune {tune!r}: expected True, False, None or one of {', '.join(TUNE)}")
     if codebook is not None and KINDS[solver] == "affine":
         raise SourceError(
             f"codebook {codebook!r} has no effect with the solver {solver}, whose grid is its own: drop it"
@@ -165,13 +181,13 @@ def quantize(
         own_bits = _bits_of(target, bits, overrides)
         specs[target.name] = WeightSpec(target.name, target.shape, own_bits, kind, target.transposed)
     tuned_bits = [b for b in bits if any(tunable(spec, b) for spec in specs.values())]
-    untuned = _why_not_tuned(tune, record, source, specs, tuned_bits)
+    way, untuned = _way_to_tune(tune, record, source, specs, tuned_bits)
     provenance = {
         "everybit_version": __version__,
         "solver": solver,
         "seed": seed,
         "calibration": record.provenance(),
-        "tuning": {"steps": 0 if untuned else tune_steps},
+        "tuning": {"steps": 0 if untuned else tune_steps} | ({"by": way} if way == "blocks" else {}),
         "source": {"name": title, "sha256": {} if dry_run else source.checksums(progress)},
     }
     config = {**source.config, "quantization_config": QuantizationConfig(bits, kind, specs, provenance).to_dict()}
@@ -217,7 +233,11 @@ def quantize(
                             if solutions.read(specs[name]) is None:
                                 solutions.save(name, solved(name, tensor))
                             bar.update(specs[name].parameters)
-                tuning = tune_tables(calibrated, specs, solutions, tuned_bits, tune_steps, work, seed, progress)
+                how = (specs, solutions, tuned_bits, tune_steps, work, seed, progress)
+                if way == "blocks":
+                    tuning = tune_blocks(Blocks(source), calibrated.without_model, *how)
+                else:
+                    tuning = tune_tables(calibrated, *how)
             with _bar(sizes, "quantizing" if untuned else "writing", progress) as bar:
                 for name, tensor in source.parameters():
                     spec = specs.get(name)
@@ -250,26 +270,44 @@ def _bits_of(target: Target, default: tuple[int, ...], overrides: dict[str, tupl
     return found[-1] if found else default
 
 
-def _why_not_tuned(
-    wanted: bool | None,
+def _way_to_tune(
+    wanted: bool | str | None,
     record: calibrate.Calibration,
     source: Source,
     specs: Mapping[str, WeightSpec],
     tuned_bits: Sequence[int],
-) -> str | None:
-    """None where tables are to be tuned. Raises: SourceError where that was asked for and cannot be"""
+) -> tuple[str | None, str | None]:
+    """`whole` or `blocks`, or else why tables are not tuned. Raises: SourceError where that was asked for, then"""
     if wanted is False:
-        return "switched off"
-    why = None
-    vocabulary = source.model.get_input_embeddings().num_embeddings
-    needed = memory_bytes(sum(math.prod(s) for s in source.shapes.values()), specs, vocabulary)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if record.kind == "none":
-        why = "no calibration"
-    elif not tuned_bits:
+        return None, "switched off"
+    way: str | None = None
+    why: str | None = "no calibration"
+    if record.kind != "none" and not tuned_bits:
         why = "no precision has tables (compact codebooks have them up to 4 bits, those of uniform none)"
-    elif needed > 0.8 * there:
-        why = f"it needs about {needed / 1e9:.0f} GB of memory, this machine has {there / 1e9:.0f} GB"
+    elif record.kind != "none":
+        vocabulary = source.model.get_input_embeddings().num_embeddings
+        way, why = _way_that_fits(wanted, source, specs, vocabulary)
     if wanted and why:
         raise SourceError(f"tables cannot be tuned: {why}; drop the wish for it")
-    return why
+    return way, why
+
+
+def _way_that_fits(
+    wanted: bool | str | None, source: Source, specs: Mapping[str, WeightSpec], vocabulary: int
+) -> tuple[str | None, str | None]:
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whys = []
+    if wanted != "blocks":
+        needed = memory_bytes(sum(math.prod(s) for s in source.shapes.values()), specs, vocabulary)
+        if needed <= MEMORY_SHARE * there:
+            return "whole", None
+        whys.append(f"it needs about {needed / 1e9:.0f} GB of memory, this machine has {there / 1e9:.0f} GB")
+    if wanted != "whole":
+        blocks = Blocks(source)
+        if (obstacle := blocks.why_not()) is not None:
+            return None, "; ".join([*whys, obstacle])
+        needed = block_memory_bytes(source.shapes, blocks.names, specs, vocabulary)
+        if needed <= MEMORY_SHARE * there:
+            return "blocks", None
+        whys.append(f"block by block about {needed / 1e9:.0f} GB" + ("" if whys else f" of {there / 1e9:.0f} GB"))
+    return None, "; ".join(whys)

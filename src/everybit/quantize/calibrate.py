@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from everybit.errors import SourceError
-from everybit.quantize.source import load_float, load_tokenizer
+from everybit.quantize.source import empty_model, load_float, load_tokenizer
 from everybit.texts import read_documents
 
 MINIMUM_TOKENS = 64  # below this a squared gradient is an anecdote, not a statistic
@@ -137,8 +138,9 @@ class Calibrated:
     def sequences(self) -> list[torch.Tensor]:
         """Each [1, T]."""
         record, folder = self._record, self._folder
-        context = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", record.length))
-        vocabulary = self.model.get_input_embeddings().num_embeddings
+        empty = empty_model(folder)
+        context = int(getattr(empty.config.get_text_config(), "max_position_embeddings", record.length))
+        vocabulary = empty.get_input_embeddings().num_embeddings
         if record.kind == "random":
             return random_sequences(record, vocabulary, context)
         tokenizer = load_tokenizer(folder)
@@ -151,4 +153,11 @@ class Calibrated:
                 f"{folder}: the tokenizer gives token {highest}, the model knows {vocabulary}: "
                 "they do not belong together; fix the folder or use --calibration none"
             )
+        return sequences
+
+    def without_model(self) -> list[torch.Tensor]:
+        """The sequences, for a caller that runs the model in another way: its memory is given back."""
+        sequences = self.sequences
+        self.__dict__.pop("model", None)
+        gc.collect()  # its modules refer to each other
         return sequences

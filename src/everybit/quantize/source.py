@@ -51,7 +51,7 @@ class Source:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = _read_config(folder)
-        self.model = _empty_model(folder)
+        self.model = empty_model(folder)
         self._files = _tensor_files(folder)
         self.aliases: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         state = self.model.state_dict()
@@ -110,9 +110,12 @@ class Source:
                 sums[path.name] = digest.hexdigest()
         return sums
 
-    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter with its tensor, in a fixed order; the caller drops each before the next."""
+    def parameters(self, under: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter (whose name begins with `under`) with its tensor, in a fixed order; the caller drops each
+        before the next."""
         for job in self._jobs:
+            if not job.first_target.startswith(under):
+                continue
             for name, tensor in self._convert(job).items():
                 if name not in self.shapes:
                     continue
@@ -220,7 +223,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _empty_model(folder: Path) -> PreTrainedModel:
+def empty_model(folder: Path) -> PreTrainedModel:
+    """The architecture of a folder's config.json on the meta device, without weights. Raises: SourceError"""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with warnings.catch_warnings(), torch.device("meta"):

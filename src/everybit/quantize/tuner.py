@@ -11,7 +11,7 @@ fixed is the fine-tuning of AQLM (Egiazarian et al., 2401.06118), section 3.4, o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,17 +102,7 @@ class Tuner:
 
     def __init__(self, model: Any, sequences: Sequence[torch.Tensor], seed: int = 0) -> None:
         self.model = model
-        order = [int(i) for i in np.random.default_rng(seed).permutation(len(sequences))]
-        held: list[torch.Tensor] = []
-        while len(order) > 1 and (
-            len(held) < HELD_OUT * len(sequences) and sum(s.shape[1] for s in held) < HELD_OUT_TOKENS
-        ):
-            held.append(sequences[order.pop()])
-        self._train = [sequences[i] for i in order]
-        if not held:  # a single sequence: its end is held out
-            cut = max(2, self._train[0].shape[1] * 9 // 10)
-            held, self._train = [self._train[0][:, cut - 1 :]], [self._train[0][:, :cut]]
-        self._held = held
+        self._train, self._held = hold_out(sequences, seed)
         self._seed = seed
         self._expected = [self._probabilities(batch) for batch in _batches(self._held)]
 
@@ -125,47 +115,16 @@ class Tuner:
         progress: bool = True,
     ) -> Tuned:
         """Train the tables of `weights` at one precision; `fixed` are the model's other quantized parameters there."""
-        level = _Level(weights, fixed)
-        start = level.start
-        before = self._held_out(level.parameters(start))
-        best, best_tables, taken = before, start, 0
-        steps = steps if before > NOTHING else 0
+        level = Level(weights, fixed)
         text = self._endless(bits)
 
-        def train(run: _Run, share: float) -> None:
+        def loss(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
             ids = next(text)
-            run.step(self._divergence(level.parameters(run.tables()), ids, self._probabilities(ids)), share)
-            bar.update()
+            return self._divergence(parameters, ids, self._probabilities(ids))
 
         with tqdm(total=steps, desc=f"tuning {bits} bits", unit="step", disable=not progress) as bar:
-            runs = [_Run(level, RATES.get(bits, RATES[4] * 2.0 ** (4 - bits)) * factor) for factor in CANDIDATES]
-            trial = steps // (2 * len(CANDIDATES))
-            if trial == 0:  # too few to try: the middle rate
-                runs = runs[1:2]
-            results = []
-            for run in runs:
-                for _ in range(trial):
-                    train(run, 1.0)
-                results.append(self._held_out(level.parameters(run.detached())) if trial else before)
-            taken = trial * len(runs)
-            chosen = min(range(len(runs)), key=lambda i: results[i] if math.isfinite(results[i]) else math.inf)
-            run = runs[chosen]
-            if results[chosen] < best:
-                best, best_tables = results[chosen], run.detached()
-            left, worse = steps - taken if math.isfinite(results[chosen]) else 0, 0
-            for i in range(left):
-                train(run, 1 - i / left)
-                taken += 1
-                if (i + 1) % CHECK_EVERY and i + 1 < left:
-                    continue
-                now = self._held_out(level.parameters(run.detached()))
-                worse = 0 if now < best else worse + 1
-                if now < best:
-                    best, best_tables = now, run.detached()
-                bar.set_postfix_str(f"KL {before:.3g} -> {best:.3g}")
-                if worse == PATIENCE:
-                    break
-        return Tuned({n: _stored(t, level.scale[n]).numpy() for n, t in best_tables.items()}, before, best, taken)
+            found = descend(level, bits, steps, loss, self._held_out, "KL", bar)
+        return Tuned({n: t.numpy() for n, t in found.tables.items()}, found.before, found.after, found.steps)
 
     def _endless(self, bits: int) -> Iterator[torch.Tensor]:
         """Batches of the training text, shuffled anew each time it ends."""
@@ -197,8 +156,8 @@ class Tuner:
         return kl[ids[:, 1:] >= 0].mean()
 
 
-class _Level:
-    """The model's quantized parameters at one precision, as functions of the tables."""
+class Level:
+    """Quantized parameters at one precision, as functions of the tables. Shapes: those of `Quantized`, as tensors"""
 
     def __init__(self, weights: Mapping[str, Quantized], fixed: Mapping[str, torch.Tensor]) -> None:
         self.weights, self.fixed = weights, fixed
@@ -213,11 +172,100 @@ class _Level:
             found[name] = weight.in_model(values)
         return found
 
+    @torch.no_grad()
+    def untuned(self) -> dict[str, torch.Tensor]:
+        """The parameters as the solver made them."""
+        return self.parameters(self.start)
+
+    def stored(self, tables: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tables as the file will hold them."""
+        return {n: _stored(t, self.scale[n]) for n, t in tables.items()}
+
+
+@dataclass(frozen=True)
+class Descent:
+    """The best tables found (as stored), and the held-out loss before and after."""
+
+    tables: dict[str, torch.Tensor]
+    before: float
+    after: float
+    steps: int
+
+
+def descend(
+    level: Level,
+    bits: int,
+    steps: int,
+    loss: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
+    held_out: Callable[[Mapping[str, torch.Tensor]], float],
+    what: str,
+    bar: Any,
+) -> Descent:
+    """Train the tables of `level` by at most `steps` of Adam; what `held_out` says chooses the rate, when to stop, and
+    whether anything is kept.
+
+    `loss` is that of the parameters on its next batch of training text; `bar` moves by one a step, `what` names the
+    loss there.
+    """
+    start = level.start
+    before = held_out(level.untuned())
+    if not start or before <= NOTHING:
+        return Descent(level.stored(start), before, before, 0)
+    best, best_tables = before, start
+
+    def train(run: _Run, share: float) -> None:
+        run.step(loss(level.parameters(run.tables())), share)
+        bar.update()
+
+    runs = [_Run(level, RATES.get(bits, RATES[4] * 2.0 ** (4 - bits)) * factor) for factor in CANDIDATES]
+    trial = steps // (2 * len(CANDIDATES))
+    if trial == 0:  # too few to try: the middle rate
+        runs = runs[1:2]
+    results = []
+    for run in runs:
+        for _ in range(trial):
+            train(run, 1.0)
+        results.append(held_out(level.parameters(run.detached())) if trial else before)
+    taken = trial * len(runs)
+    chosen = min(range(len(runs)), key=lambda i: results[i] if math.isfinite(results[i]) else math.inf)
+    run = runs[chosen]
+    if results[chosen] < best:
+        best, best_tables = results[chosen], run.detached()
+    left, worse = steps - taken if math.isfinite(results[chosen]) else 0, 0
+    for i in range(left):
+        train(run, 1 - i / left)
+        taken += 1
+        if (i + 1) % CHECK_EVERY and i + 1 < left:
+            continue
+        now = held_out(level.parameters(run.detached()))
+        worse = 0 if now < best else worse + 1
+        if now < best:
+            best, best_tables = now, run.detached()
+        bar.set_postfix_str(f"{what} {before:.3g} -> {best:.3g}")
+        if worse == PATIENCE:
+            break
+    return Descent(level.stored(best_tables), before, best, taken)
+
+
+def hold_out(sequences: Sequence[torch.Tensor], seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The sequences to train on and those to decide by; of a single one its end is held out."""
+    order = [int(i) for i in np.random.default_rng(seed).permutation(len(sequences))]
+    held: list[torch.Tensor] = []
+    while len(order) > 1 and (
+        len(held) < HELD_OUT * len(sequences) and sum(s.shape[1] for s in held) < HELD_OUT_TOKENS
+    ):
+        held.append(sequences[order.pop()])
+    train = [sequences[i] for i in order]
+    if not held:
+        cut = max(2, train[0].shape[1] * 9 // 10)
+        held, train = [train[0][:, cut - 1 :]], [train[0][:, :cut]]
+    return train, held
+
 
 class _Run:
     """Adam over the tables of all weights, each measured in standard deviations of its row."""
 
-    def __init__(self, level: _Level, rate: float) -> None:
+    def __init__(self, level: Level, rate: float) -> None:
         self.start, self.rate = level.start, rate
         self.unit = {
             n: t.gather(1, level.codes[n].long()).std(dim=1, keepdim=True, correction=0) for n, t in level.start.items()

@@ -1,116 +1,44 @@
 // From bit-planes to the numbers of a weight, in registers: 16 rows x 256 columns a warp, as mma.m16n8k16 wants A.
 //
 // The layout (everybit/gpu/layout.py) puts the bits so that no lane needs another's. Lane 4g + t has, of every plane,
-// two words of row g and two of row g + 8; a word is 32 columns: bit 4j + i is column 32i + 8t + j of its 128. A 4x4
-// transposition of bits inside the nibbles of four words gives four words of eight codes each, one a nibble, and a code
-// is then looked up four at a time: the byte permute instruction is a table of eight bytes.
+// two words of row g and two of row g + 8; a word is 32 columns. A 4x4 transposition of bits inside the nibbles of four
+// words gives four words of eight codes each, one a nibble: nibbles 0, 2, 1, 3, 4, 6, 5, 7 are neighbouring columns.
+//
+// Measured on an H200: a byte permute takes as long as two logic operations, and a shared-memory lookup runs beside
+// them. So up to 3 bits a code is looked up by the byte permute, four at a time, if numbers are small integers, and
+// otherwise in a table in shared memory that has a column for each lane, free of bank conflicts.
 #pragma once
 
 template <int BITS>
 struct Shape {
-  static constexpr bool kGrid = BITS > 4;  // 16 centres, 16 ladders and a step: formats/grid.py
+  static constexpr bool kGrid = BITS > 4;  // a number and a width for each cell of 4 bits: formats/grid.py
   static constexpr int kIndexBits = kGrid ? 4 : BITS;
-  static constexpr int kWords = kIndexBits <= 2 ? 1 : kIndexBits == 3 ? 2 : 4;  // of a byte table
 };
 
-template <int WORDS>
-__device__ __forceinline__ void load_words(const u8* at, u32 (&to)[WORDS]) {
-  if constexpr (WORDS == 4) {
-    const Vec4 v = load_cached(reinterpret_cast<const Vec4*>(at));
-    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+// The upper bits of a and the lower bits of b, in the fields of `mask` and its complement, change places.
+template <int SHIFT, bool FULL>  // else b is zero
+__device__ __forceinline__ void swap_bits(u32 mask, u32 a, u32 b, u32& low, u32& high) {
+  if constexpr (FULL) {
+    low = select(mask, a, b << SHIFT), high = select(mask, a >> SHIFT, b);
   } else {
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i) to[i] = reinterpret_cast<const u32*>(at)[i];
+    low = a & mask, high = (a >> SHIFT) & mask;
   }
 }
-
-// How eight nibbles choose from byte tables: `index` into eight bytes, `half` between the two eights of sixteen.
-template <int INDEX_BITS>
-struct Choice {
-  u32 index, half;
-  __device__ __forceinline__ explicit Choice(u32 nibbles) : index(nibbles), half(0) {
-    if constexpr (INDEX_BITS == 4) {
-      index = nibbles & 0x77777777u;
-      half = ((nibbles >> 1) & 0x44444444u) | 0x32103210u;
-    }
-  }
-  __device__ __forceinline__ void upper() { index >>= 16, half >>= 16; }
-
-  template <int WORDS>
-  __device__ __forceinline__ u32 bytes(const u32 (&table)[WORDS]) const {
-    if constexpr (WORDS == 1) return permute(table[0], table[0], index);
-    if constexpr (WORDS == 2) return permute(table[0], table[1], index);
-    if constexpr (WORDS == 4) return permute(permute(table[0], table[1], index), permute(table[2], table[3], index), half);
-  }
-};
-
-// One row's numbers, of 16 bits each: a table of their low bytes and a table of their high bytes.
-template <class T, int BITS, bool INT8>
-struct RowTables {
-  static constexpr int kWords = Shape<BITS>::kWords;
-  static constexpr int kBytes = (Shape<BITS>::kGrid ? 4 : 2) * 4 * kWords;  // a row
-  u32 high[kWords], low[kWords], ladder_high[Shape<BITS>::kGrid ? 4 : 1], ladder_low[Shape<BITS>::kGrid ? 4 : 1];
-
-  __device__ __forceinline__ void load(const u8* row) {
-    load_words(row, high);
-    load_words(row + 4 * kWords, low);
-    if constexpr (Shape<BITS>::kGrid) {
-      load_words(row + 32, ladder_high);
-      load_words(row + 48, ladder_low);
-    }
-  }
-  template <class C>
-  __device__ __forceinline__ void numbers(const C& choice, u32 (&pair)[2]) const {
-    join(choice.bytes(high), choice.bytes(low), pair);
-  }
-  template <class C>
-  __device__ __forceinline__ void ladders(const C& choice, u32 (&pair)[2]) const {
-    join(choice.bytes(ladder_high), choice.bytes(ladder_low), pair);
-  }
-  static __device__ __forceinline__ void join(u32 high, u32 low, u32 (&pair)[2]) {
-    pair[0] = permute(low, high, 0x5140), pair[1] = permute(low, high, 0x7362);
-  }
-};
-
-// The same where all numbers are integers of -127 ... 127, stored + 128, and the type is F16: one byte table does, as
-// 0x64nn is 1024 + nn; and the low byte of a ladder of 1 ... 8 is zero.
-template <int BITS>
-struct RowTables<F16, BITS, true> {
-  static constexpr int kWords = Shape<BITS>::kWords;
-  static constexpr int kBytes = (Shape<BITS>::kGrid ? 2 : 1) * 4 * kWords;
-  u32 table[kWords], ladder[Shape<BITS>::kGrid ? 4 : 1];
-
-  __device__ __forceinline__ void load(const u8* row) {
-    load_words(row, table);
-    if constexpr (Shape<BITS>::kGrid) load_words(row + 16, ladder);
-  }
-  template <class C>
-  __device__ __forceinline__ void numbers(const C& choice, u32 (&pair)[2]) const {
-    const u32 bytes = choice.bytes(table);
-    pair[0] = F16::sub(permute(bytes, 0x64646464u, 0x4140), F16::magic_plus(128));
-    pair[1] = F16::sub(permute(bytes, 0x64646464u, 0x4342), F16::magic_plus(128));
-  }
-  template <class C>
-  __device__ __forceinline__ void ladders(const C& choice, u32 (&pair)[2]) const {
-    const u32 bytes = choice.bytes(ladder);
-    pair[0] = permute(bytes, 0, 0x1404), pair[1] = permute(bytes, 0, 0x3424);
-  }
-};
 
 // Words of a plane each, most significant plane first, to four words of eight nibbles.
 template <int BITS>
 __device__ __forceinline__ void to_nibbles(const u32* planes, u32 (&v)[4]) {
-  u32 r[4];
+  u32 r[4], a[4];
 #pragma unroll
   for (int p = 0; p < 4; ++p) r[p] = p < BITS ? planes[p < BITS ? BITS - 1 - p : 0] : 0;
-  const u32 a0 = (r[0] & 0x33333333u) | ((r[2] << 2) & 0xccccccccu), a2 = ((r[0] >> 2) & 0x33333333u) | (r[2] & 0xccccccccu);
-  const u32 a1 = (r[1] & 0x33333333u) | ((r[3] << 2) & 0xccccccccu), a3 = ((r[1] >> 2) & 0x33333333u) | (r[3] & 0xccccccccu);
-  v[0] = (a0 & 0x55555555u) | ((a1 << 1) & 0xaaaaaaaau), v[1] = ((a0 >> 1) & 0x55555555u) | (a1 & 0xaaaaaaaau);
-  v[2] = (a2 & 0x55555555u) | ((a3 << 1) & 0xaaaaaaaau), v[3] = ((a2 >> 1) & 0x55555555u) | (a3 & 0xaaaaaaaau);
+  swap_bits<2, (BITS > 2)>(0x33333333u, r[0], r[2], a[0], a[2]);
+  swap_bits<2, (BITS > 3)>(0x33333333u, r[1], r[3], a[1], a[3]);
+  swap_bits<1, (BITS > 1)>(0x55555555u, a[0], a[1], v[0], v[1]);
+  swap_bits<1, (BITS > 1)>(0x55555555u, a[2], a[3], v[2], v[3]);
 }
 
-// Eight codes of a row, by nibble: their index and, above 4 bits, their residual. Residual nibbles lie in another order,
-// those of pair m in nibbles m and m + 4, so that one mask makes a pair of them.
+// The codes of 128 columns' share of a lane in a row, eight a word. Above 4 bits `residual` has the bits that follow the
+// index, those of pair m of columns in nibbles m and m + 4, so that one mask makes a pair of them; at 5 bits the plane.
 template <int BITS>
 struct Codes {
   u32 index[4], residual[4];
@@ -124,39 +52,123 @@ struct Codes {
 // 2r + 1 - n of the two residuals in nibbles m and m + 4, exact: near 1024 (BF16: 128) the low bits of a number are ones.
 __device__ __forceinline__ u32 odd_pair(F16, u32 residual, int m, u32 points) {
   const u32 word = m < 2 ? residual << 1 : residual >> 7, mask = ((points - 1) << 1) * 0x00010001u;
-  if (m % 2 == 0) return F16::sub((word & mask) | F16::magic_plus(1), F16::magic_plus(points));
-  return F16::fma((word & (mask << 4)) | F16::magic_plus(16), F16::pair(1.f / 16), F16::pair(-64.f - float(points)));
+  if (m % 2 == 0) return F16::sub(and_or(word, mask, F16::magic_plus(1)), F16::magic_plus(points));
+  return F16::fma(and_or(word, mask << 4, F16::magic_plus(16)), F16::pair(1.f / 16), F16::pair(-64.f - float(points)));
 }
 __device__ __forceinline__ u32 odd_pair(BF16, u32 residual, int m, u32 points) {
   const u32 word = m == 0 ? residual << 1 : residual >> (4 * m - 1), mask = ((points - 1) << 1) * 0x00010001u;
-  return BF16::sub((word & mask) | BF16::magic_plus(1), BF16::magic_plus(points));
+  return BF16::sub(and_or(word, mask, BF16::magic_plus(1)), BF16::magic_plus(points));
 }
 
-// The eight numbers of codes i as four pairs. Above 4 bits: centre + step * ladder * (2r + 1 - n), rounded once.
-template <class T, int BITS, bool INT8>
-__device__ __forceinline__ void decode(const RowTables<T, BITS, INT8>& row, const Codes<BITS>& codes, int i, u32 step,
-                                       u32 (&out)[4]) {
-  Choice<Shape<BITS>::kIndexBits> choice(codes.index[i]);
+// What turns codes into numbers for the 16 rows of one row tile. BYTES: integers of -127 ... 127 + 128, F16, up to 3 bits.
+template <class T, int BITS, bool BYTES>
+struct Book {
+  static constexpr int kShared = 16 * 2 * 32 * 2 * 4;  // bytes: [row g, g + 8][16 entries][even, odd][32 lanes]
+  static constexpr int kRow = 16;                      // u32 in global memory: a number | its width << 16
+  static constexpr int kLoads = 4;                     // of each thread of a block of 8 warps
+
+  u32 base;
+
+  // `memory` begins at a multiple of 4,096.
+  __device__ __forceinline__ void open(const u8* memory) { base = shared_address(memory) + threadIdx.x % 32 * 4; }
+
+  // Warps 0 ... count - 1 share the work of one table: entries are loaded early and stored when the table is free.
+  static __device__ __forceinline__ void fetch(const u32* tables, int row_tile, int warp, int count, u32 (&held)[kLoads]) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (half) choice.upper();
-    u32 pair[2];
-    row.numbers(choice, pair);
-    if constexpr (Shape<BITS>::kGrid) {
-      u32 ladders[2];
-      row.ladders(choice, ladders);
+    for (int s = 0; s < kLoads; ++s) {
+      const int at = warp + s * count;  // 16h + entry
+      if (at < 32) held[s] = tables[(size_t(row_tile) * 16 + lane / 4 + at / 16 * 8) * kRow + at % 16];
+    }
+  }
+  static __device__ __forceinline__ void store(u8* memory, int warp, int count, const u32 (&held)[kLoads]) {
+    u32* to = reinterpret_cast<u32*>(memory) + threadIdx.x % 32;
 #pragma unroll
-      for (int p = 0; p < 2; ++p) {
-        const int m = 2 * half + p;
-        u32 offset;
+    for (int s = 0; s < kLoads; ++s) {
+      const int at = warp + s * count;
+      if (at < 32) to[at * 64] = held[s], to[at * 64 + 32] = held[s] << 16 | held[s] >> 16;
+    }
+  }
+
+  // Four numbers of row g + 8H: of word i the nibbles of `half`, as pairs of neighbouring columns.
+  template <int H>
+  __device__ __forceinline__ void decode(const Codes<BITS>& codes, int i, int half, u32 (&out)[2]) const {
+    const u32 v = half ? upper_half(codes.index[i]) : codes.index[i];
+    const u32 even[2] = {entry<H, 0>(v << 8), entry<H, 0>(v << 4)}, odd[2] = {entry<H, 1>(v), entry<H, 1>(v >> 4)};
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+      const int m = 2 * half + p;
+      out[p] = select(0xffffu, even[p], odd[p]);
+      if constexpr (Shape<BITS>::kGrid) {
+        const u32 width = funnel(even[p], odd[p]);
         if constexpr (BITS == 5) {  // 2r - 1 is a sign
-          offset = ladders[p] ^ (~(codes.residual[0] << (15 - 4 * m - i)) & 0x80008000u);
+          out[p] = T::sub(out[p], flip(width, codes.residual[0] << (15 - 4 * m - i), 0x80008000u));
         } else {
-          offset = T::mul(odd_pair(T{}, codes.residual[i], m, 1u << (BITS - 4)), ladders[p]);
+          out[p] = T::fma(odd_pair(T{}, codes.residual[i], m, 1u << (BITS - 4)), width, out[p]);
         }
-        pair[p] = T::fma(offset, step, pair[p]);
       }
     }
-    out[2 * half] = pair[0], out[2 * half + 1] = pair[1];
   }
+
+  // The entry of bits 8 ... 11.
+  template <int H, int ODD>
+  __device__ __forceinline__ u32 entry(u32 v) const {
+    return load_shared<H * 4096 + ODD * 128>((v & 0xf00u) | base);
+  }
+};
+
+template <int BITS>
+struct Book<F16, BITS, true> {
+  static constexpr int kShared = 0, kLoads = 1;
+  static constexpr int kRow = BITS == 3 ? 2 : 1;  // u32 in global memory
+  static_assert(BITS <= 3, "eight bytes are two registers");
+
+  u32 table[2][kRow];
+
+  __device__ __forceinline__ void open(const u32* tables, int row_tile) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int i = 0; i < kRow; ++i)
+        table[h][i] = tables[(size_t(row_tile) * 16 + threadIdx.x % 32 / 4 + 8 * h) * kRow + i];
+    }
+  }
+
+  template <int H>
+  __device__ __forceinline__ void decode(const Codes<BITS>& codes, int i, int half, u32 (&out)[2]) const {
+    const u32 bytes = permute(table[H][0], table[H][kRow - 1], half ? codes.index[i] >> 16 : codes.index[i]);
+    out[0] = F16::sub(and_or(bytes, 0x00ff00ffu, 0x64006400u), F16::magic_plus(128));
+    out[1] = F16::sub(and_or(bytes >> 8, 0x00ff00ffu, 0x64006400u), F16::magic_plus(128));
+  }
+};
+
+// A's fragment of 16 columns.
+template <class B, int BITS>
+__device__ __forceinline__ void fragment(const B& book, const Codes<BITS>& upper, const Codes<BITS>& lower, int i, int half,
+                                         u32 (&out)[4]) {
+  u32 a[2], b[2];
+  book.template decode<0>(upper, i, half, a);
+  book.template decode<1>(lower, i, half, b);
+  out[0] = a[0], out[1] = b[0], out[2] = a[1], out[3] = b[1];
 }
+
+template <int BITS>
+__device__ __forceinline__ Codes<BITS> codes_of(const Vec4 (&tile)[BITS], int q, int h) {
+  u32 words[BITS];
+#pragma unroll
+  for (int p = 0; p < BITS; ++p)
+    words[p] = h == 0 ? (q == 0 ? tile[p].x : tile[p].y) : (q == 0 ? tile[p].z : tile[p].w);
+  return Codes<BITS>(words);
+}
+
+struct Weight {
+  const Vec4* planes;   // [B][row tiles][column tiles][32 lanes]
+  const u32* tables;    // [row tiles * 16][Book::kRow] of one precision
+  const float* scales;  // [row tiles * 16]
+  int rows, row_tiles, column_tiles;
+
+  __device__ __forceinline__ size_t plane() const { return size_t(row_tiles) * column_tiles * 32; }
+  __device__ __forceinline__ const Vec4* tile(int row_tile, int column_tile) const {
+    return planes + (size_t(row_tile) * column_tiles + column_tile) * 32 + threadIdx.x % 32;
+  }
+};

@@ -1,103 +1,129 @@
-// y = x W' for many tokens on sm_90a. A block is 128 rows of W x KERNEL_TOKENS tokens; two warp groups decode 64 rows each
-// into registers while the tensor cores multiply what they decoded before; a third brings x. `arrange` runs before.
+// y = x W' for many tokens on sm_90a. KERNEL_GROUPS warp groups decode weights into registers while the tensor cores
+// multiply what they decoded before; one more brings x, which `arrange` laid out as stages. A block is KERNEL_TOKENS
+// tokens x KERNEL_ROWS rows, 64 for a group; where rows are for fewer groups, several share the columns of the same rows.
 
-struct Weight {
-  const Vec4* planes;   // [B][row tiles][column tiles][32 lanes]
-  const u8* tables;     // [row tiles * 16][RowTables::kBytes]
-  const u16* steps;     // [row tiles * 16]
-  const float* scales;  // [row tiles * 16]
-  int rows, row_tiles, column_tiles;
-};
+constexpr int kChunk = 64;     // columns of x in one stage: rows of 128 bytes
+constexpr int kPitch = 64 + 8;  // of a token in the output's staging, in numbers
 
-constexpr int kChunk = 64;        // columns of x in one stage: rows of 128 bytes
-constexpr int kConsumers = 256;   // threads
-constexpr int kPitch = 64 + 8;    // of a token in the output's staging, in numbers
-
-template <class T, int BITS, bool INT8, int TOKENS, int STAGES>
+template <class T, int BITS, bool BYTES, int TOKENS, int ROWS, int GROUPS, int STAGES>
 struct Gemm {
+  using B = Book<T, BITS, BYTES>;
+  static constexpr int kThreads = GROUPS * 128;       // that multiply
+  static constexpr int kShare = GROUPS / (ROWS / 64);  // groups for the same rows: column tile c is of group c % kShare
   struct Shared {
+    alignas(4096) u8 tables[B::kShared ? ROWS / 16 : 1][B::kShared ? B::kShared : 16];
     alignas(1024) u8 stages[STAGES][TOKENS * kChunk * 2];
     Barrier full[STAGES], empty[STAGES];
   };
-  static_assert(kConsumers / 128 * TOKENS * kPitch * 2 <= STAGES * TOKENS * kChunk * 2, "the output is staged there too");
+  static_assert(ROWS / 64 * TOKENS * kPitch * 2 <= STAGES * TOKENS * kChunk * 2, "the output is staged there too");
+  static_assert((kShare - 1) * TOKENS * 64 * 4 <= STAGES * TOKENS * kChunk * 2, "and the sums of other groups");
 
-  static __device__ __forceinline__ void produce(Shared& shared, const u8* images, int chunks) {
-    for (int c = 0; c < chunks; ++c) {
-      const int stage = c % STAGES, round = c / STAGES;
-      shared.empty[stage].wait(round % 2 ^ 1);
-      shared.full[stage].copy(shared.stages[stage], images + size_t(c) * sizeof(shared.stages[0]), sizeof(shared.stages[0]));
+  // Stages are brought in the order that groups need them: chunk 0 of kShare column tiles, then chunk 1 of them, ...
+  static __device__ __forceinline__ void produce(Shared& shared, const u8* images, int column_tiles) {
+    after_previous_kernel();
+    for (int first = 0, at = 0; first < column_tiles; first += kShare) {
+      const int width = sharers(first, column_tiles);
+      for (int i = 0; i < 4 * width; ++i, ++at) {
+        const int stage = at % STAGES, chunk = (first + i % width) * 4 + i / width;
+        shared.empty[stage].wait(at / STAGES % 2 ^ 1);
+        shared.full[stage].copy(shared.stages[stage], images + size_t(chunk) * sizeof(shared.stages[0]),
+                                sizeof(shared.stages[0]));
+      }
     }
   }
+  // Groups that have one of the column tiles from `first` on.
+  static __device__ __forceinline__ int sharers(int first, int column_tiles) {
+    return column_tiles - first < kShare ? column_tiles - first : kShare;
+  }
 
-  static __device__ __forceinline__ void consume(Shared& shared, const Weight& w, u16* y, int tokens, int row_block) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4;
-    const int wanted = row_block * 8 + warp, row_tile = wanted < w.row_tiles ? wanted : w.row_tiles - 1;
-    const size_t plane = size_t(w.row_tiles) * w.column_tiles * 32;
-    const Vec4* source = w.planes + size_t(row_tile) * w.column_tiles * 32 + lane;
+  static __device__ __forceinline__ void load(Vec4 (&tile)[BITS], const Weight& w, int row_tile, int column_tile) {
+    const Vec4* source = w.tile(row_tile, column_tile);
+    const size_t plane = w.plane();
+#pragma unroll
+    for (int p = 0; p < BITS; ++p) tile[p] = load_cached(source + p * plane);
+  }
+
+  static __device__ __forceinline__ void consume(Shared& shared, const Weight& w, u16* y, int tokens) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp / 4;
+    const int block = group / kShare, share = group % kShare;  // of 64 rows; of the columns
+    const int tile_of_block = block * 4 + warp % 4, wanted = blockIdx.x * (ROWS / 16) + tile_of_block;
+    const int row_tile = wanted < w.row_tiles ? wanted : w.row_tiles - 1;
     Vec4 tile[BITS], next[BITS];
-#pragma unroll
-    for (int p = 0; p < BITS; ++p) next[p] = load_cached(source + p * plane);
-    RowTables<T, BITS, INT8> tables[2];
-    u32 steps[2] = {0, 0};
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const size_t row = row_tile * 16 + g + 8 * h;
-      tables[h].load(w.tables + row * RowTables<T, BITS, INT8>::kBytes);
-      if constexpr (Shape<BITS>::kGrid) steps[h] = w.steps[row] * 0x00010001u;
+    if (share < w.column_tiles) load(next, w, row_tile, share);
+    B book;
+    if constexpr (BYTES) {
+      book.open(w.tables, row_tile);
+    } else {
+#pragma unroll 1
+      for (int part = share; part < 8; part += kShare) {  // the warps of a row tile make its table together
+        u32 held[B::kLoads];
+        B::fetch(w.tables, row_tile, part, 8, held);
+        B::store(shared.tables[tile_of_block], part, 8, held);
+      }
+      sync_some(1, kThreads);
+      book.open(shared.tables[tile_of_block]);
     }
     float sums[TOKENS / 2];
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; ++i) sums[i] = 0;
 
-    int chunk = 0;
-    for (int c = 0; c < w.column_tiles; ++c) {
+    int before = -1;  // the stage of the chunk before
+    for (int c = share; c < w.column_tiles; c += kShare) {
 #pragma unroll
       for (int p = 0; p < BITS; ++p) tile[p] = next[p];
-      source += 32;
-      if (c + 1 < w.column_tiles) {
-#pragma unroll
-        for (int p = 0; p < BITS; ++p) next[p] = load_cached(source + p * plane);
-      }
+      if (c + kShare < w.column_tiles) load(next, w, row_tile, c + kShare);
+      int at = (c - share) * 4 + share;  // of the chunk in the order of `produce`
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
-        u32 words[2][BITS];
-#pragma unroll
-        for (int p = 0; p < BITS; ++p) {
-          words[0][p] = q == 0 ? tile[p].x : tile[p].y;
-          words[1][p] = q == 0 ? tile[p].z : tile[p].w;
-        }
-        const Codes<BITS> upper(words[0]), lower(words[1]);
+        const Codes<BITS> upper = codes_of<BITS>(tile, q, 0), lower = codes_of<BITS>(tile, q, 1);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          u32 a[4], b[4];
-          decode<T, BITS, INT8>(tables[0], upper, i, steps[0], a);
-          decode<T, BITS, INT8>(tables[1], lower, i, steps[1], b);
-          const u32 first[4] = {a[0], b[0], a[1], b[1]}, second[4] = {a[2], b[2], a[3], b[3]};
-          const int stage = chunk % STAGES;
-          if (i % 2 == 0) shared.full[stage].wait(chunk / STAGES % 2);
-          const u8* x = shared.stages[stage] + i % 2 * 64;
-          products_fence();
-          Products<T>::template times<TOKENS>(sums, first, swizzled_rows(x));
-          Products<T>::template times<TOKENS>(sums, second, swizzled_rows(x + 32));
-          products_commit();
-          products_wait<1>();
-          if (i % 2 == 0 && chunk > 0 && lane == 0) shared.empty[(chunk - 1) % STAGES].arrive();
-          if (i % 2 == 1) ++chunk;
+          const int stage = at % STAGES;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            u32 a[4];
+            fragment<B, BITS>(book, upper, lower, i, half, a);
+            if (i % 2 == 0 && half == 0) shared.full[stage].wait(at / STAGES % 2);
+            products_fence();
+            Products<T>::template times<TOKENS>(sums, a, swizzled_rows(shared.stages[stage] + i % 2 * 64 + half * 32));
+            products_commit();
+            products_wait<1>();  // all but this: the chunk before is read, and the next fragment may be written
+          }
+          if (i % 2 == 0) {
+            if (before >= 0 && lane == 0) shared.empty[before].arrive();
+          } else {
+            before = stage, at += sharers(c - share, w.column_tiles);
+          }
         }
       }
     }
     products_wait<0>();
-    write(shared, w, y, tokens, row_block, sums);
+    sync_some(1, kThreads);  // all have read x: its place is free
+    if constexpr (kShare > 1) {
+      float* others = reinterpret_cast<float*>(&shared.stages[0][0]) + threadIdx.x % 128;
+      if (share > 0) {
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; ++i) others[((share - 1) * (TOKENS / 2) + i) * 128] = sums[i];
+      }
+      sync_some(1, kThreads);
+      if (share > 0) return;
+#pragma unroll 1
+      for (int s = 0; s < kShare - 1; ++s) {
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; ++i) sums[i] += others[(s * (TOKENS / 2) + i) * 128];
+      }
+      sync_some(2, 128);
+    }
+    write(shared, w, y, tokens, block, sums);
   }
 
   // sums[4n ...]: row g of tokens 8n + 2t and 8n + 2t + 1, then row g + 8 of them; turned in shared memory.
-  static __device__ __forceinline__ void write(Shared& shared, const Weight& w, u16* y, int tokens, int row_block,
+  static __device__ __forceinline__ void write(Shared& shared, const Weight& w, u16* y, int tokens, int block,
                                                const float (&sums)[TOKENS / 2]) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp / 4, g = lane / 4;
-    const int first_row = row_block * 128 + group * 64;
-    sync_some(1, kConsumers);  // the other group may still read x there
-    u16* staging = reinterpret_cast<u16*>(&shared.stages[0][0]) + group * TOKENS * kPitch;
-    const int row = first_row + warp % 4 * 16 + g, last = w.row_tiles * 16 - 1;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, g = lane / 4;
+    const int first_row = blockIdx.x * ROWS + block * 64;
+    u16* staging = reinterpret_cast<u16*>(&shared.stages[0][0]) + block * TOKENS * kPitch;
+    const int row = first_row + warp * 16 + g, last = w.row_tiles * 16 - 1;
     const float upper = w.scales[row < last ? row : last], lower = w.scales[row + 8 < last ? row + 8 : last];
 #pragma unroll
     for (int n = 0; n < TOKENS / 8; n += 2) {
@@ -109,12 +135,12 @@ struct Gemm {
         packed[m] = u32(T::round(scale * s[0])) | u32(T::round(scale * s[1])) << 16;
       }
       const int m = lane / 8;
-      store_transposed(staging + (8 * (n + m / 2) + lane % 8) * kPitch + warp % 4 * 16 + m % 2 * 8, packed[0], packed[1],
+      store_transposed(staging + (8 * (n + m / 2) + lane % 8) * kPitch + warp * 16 + m % 2 * 8, packed[0], packed[1],
                        packed[2], packed[3]);
     }
-    sync_some(2 + group, 128);
-    const int thread = threadIdx.x % 128, first_token = blockIdx.y * TOKENS;
-    for (int at = thread; at < TOKENS * 8; at += 128) {
+    sync_some(2 + block, 128);
+    const int first_token = blockIdx.y * TOKENS;
+    for (int at = threadIdx.x % 128; at < TOKENS * 8; at += 128) {
       const int token = first_token + at / 8, from = first_row + at % 8 * 8;
       if (token >= tokens) continue;
       const u16* in = staging + at / 8 * kPitch + at % 8 * 8;
@@ -128,30 +154,29 @@ struct Gemm {
   }
 
   static __device__ __forceinline__ void run(Shared& shared, const Weight& w, const u8* images, u16* y, int tokens) {
-    const int chunks = w.column_tiles * (256 / kChunk);
     if (threadIdx.x == 0) {
-      for (int s = 0; s < STAGES; ++s) shared.full[s].init(1), shared.empty[s].init(kConsumers / 32);
+      for (int s = 0; s < STAGES; ++s) shared.full[s].init(1), shared.empty[s].init(4 * (ROWS / 64));
       publish_barriers();
     }
     __syncthreads();
-    if (threadIdx.x >= kConsumers) {
-      give_registers<40>();
-      if (threadIdx.x == kConsumers) produce(shared, images + blockIdx.y * size_t(chunks) * sizeof(shared.stages[0]), chunks);
+    if (threadIdx.x >= kThreads) {
+      if constexpr (GROUPS == 2) give_registers<40>();
+      const u8* of_tokens = images + blockIdx.y * size_t(w.column_tiles) * (256 / kChunk) * sizeof(shared.stages[0]);
+      if (threadIdx.x == kThreads) produce(shared, of_tokens, w.column_tiles);
     } else {
-      take_registers<232>();
-      consume(shared, w, y, tokens, blockIdx.x);
+      if constexpr (GROUPS == 2) take_registers<232>();
+      consume(shared, w, y, tokens);
     }
   }
 };
 
 #ifndef KERNEL_EMULATED
-extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
-    gemm(const Vec4* planes, const u8* tables, const u16* steps, const float* scales, int rows, int row_tiles,
-         int column_tiles, const u8* images, u16* y, int tokens) {
-  using Kernel = Gemm<KERNEL_TYPE, KERNEL_BITS, KERNEL_INT8, KERNEL_TOKENS, KERNEL_STAGES>;
+extern "C" __global__ void __launch_bounds__(KERNEL_GROUPS * 128 + 128, 1)
+    gemm(const Vec4* planes, const u32* tables, const float* scales, int rows, int row_tiles, int column_tiles,
+         const u8* images, u16* y, int tokens) {
+  using Kernel = Gemm<KERNEL_TYPE, KERNEL_BITS, KERNEL_BYTES, KERNEL_TOKENS, KERNEL_ROWS, KERNEL_GROUPS, KERNEL_STAGES>;
   extern __shared__ u8 memory[];
-  const u32 ahead = -shared_address(memory) % 1024;
-  const Weight w{planes, tables, steps, scales, rows, row_tiles, column_tiles};
-  Kernel::run(*reinterpret_cast<typename Kernel::Shared*>(memory + ahead), w, images, y, tokens);
+  const Weight w{planes, tables, scales, rows, row_tiles, column_tiles};
+  Kernel::run(*reinterpret_cast<typename Kernel::Shared*>(memory + (-shared_address(memory) & 4095)), w, images, y, tokens);
 }
 #endif

@@ -1,106 +1,129 @@
-// y = x W' for a few tokens. A block is 16 rows of W, its warps share K, and the numbers of W never leave registers.
-// Compiled at first use for one KERNEL_TYPE, KERNEL_INT8, KERNEL_BITS, KERNEL_TILES (of 8 tokens), KERNEL_WARPS.
+// y = x W' for a few tokens. A block takes row tiles one after another; its warps share the columns, and the numbers of W
+// never leave registers. Compiled at first use for one KERNEL_TYPE, KERNEL_BYTES, KERNEL_BITS, KERNEL_TILES (of 8 tokens).
 
-constexpr int kWarps = KERNEL_WARPS;
+constexpr int kWarps = 8;
 
-struct Weight {
-  const Vec4* planes;   // [B][row tiles][column tiles][32 lanes]
-  const u8* tables;     // [row tiles * 16][RowTables::kBytes]
-  const u16* steps;     // [row tiles * 16], above 4 bits: in units of the scale, at this precision
-  const float* scales;  // [row tiles * 16]
-  int rows, row_tiles, column_tiles;
-};
+template <class T, int BITS, bool BYTES, int NT, int DEPTH>
+struct Gemv {
+  using B = Book<T, BITS, BYTES>;
+  struct Shared {  // two of tables and sums: a block prepares the next row tile while some warps finish this one
+    alignas(4096) u8 tables[2][B::kShared ? B::kShared : 16];
+    Vec4 ring[DEPTH][BITS][kWarps * 32];  // each thread's own
+    float sums[2][kWarps][NT * 8][16];
+  };
 
-template <class T, int BITS, bool INT8, int NT>
-__device__ __forceinline__ void accumulate(const RowTables<T, BITS, INT8> (&tables)[2], const u32 (&steps)[2],
-                                           const Vec4 (&tile)[BITS], const Vec4* (&x)[NT], float (&sums)[NT][4]) {
+  // The tiles of a warp: those of its columns in the block's row tiles, one after another.
+  struct Tiles {
+    const Weight& w;
+    int row_tile, column_tile, slot;
+
+    __device__ __forceinline__ void load(Shared& shared) {  // the next one, or nothing
+      if (row_tile < w.row_tiles && column_tile < w.column_tiles) {
+        const Vec4* source = w.tile(row_tile, column_tile);
+        const size_t plane = w.plane();
 #pragma unroll
-  for (int q = 0; q < 2; ++q) {
-    u32 words[2][BITS];
-#pragma unroll
-    for (int p = 0; p < BITS; ++p) {
-      words[0][p] = q == 0 ? tile[p].x : tile[p].y;
-      words[1][p] = q == 0 ? tile[p].z : tile[p].w;
+        for (int p = 0; p < BITS; ++p) copy_ahead(&shared.ring[slot][p][threadIdx.x], source + p * plane);
+        step();
+      }
+      end_group();
     }
-    const Codes<BITS> upper(words[0]), lower(words[1]);
+    __device__ __forceinline__ void step() {
+      slot = slot + 1 == DEPTH ? 0 : slot + 1;
+      column_tile += kWarps;
+      if (column_tile >= w.column_tiles) column_tile = threadIdx.x / 32, row_tile += gridDim.x;
+    }
+  };
+
+  // x holds whole column tiles. Where `chosen` is given, only tokens of this precision are written.
+  static __device__ __forceinline__ void run(Shared& shared, const Weight& w, const u16* x, int x_stride, u16* y, int tokens,
+                                             const int* chosen) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    Tiles ahead{w, int(blockIdx.x), warp, 0};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      u32 a[4], b[4];  // of rows g and g + 8
-      decode<T, BITS, INT8>(tables[0], upper, i, steps[0], a);
-      decode<T, BITS, INT8>(tables[1], lower, i, steps[1], b);
-      const u32 first[4] = {a[0], b[0], a[1], b[1]}, second[4] = {a[2], b[2], a[3], b[3]};
+    for (int d = 0; d < DEPTH - 1; ++d) ahead.load(shared);
+    B book;
+    u32 held[B::kLoads];
+    if constexpr (!BYTES) {
+      B::fetch(w.tables, blockIdx.x, warp, kWarps, held);
+      B::store(shared.tables[0], warp, kWarps, held);
+    }
+    after_previous_kernel();
+    if constexpr (!BYTES) __syncthreads();
+    const Vec4* in[NT];
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const int token = 8 * n + g < tokens ? 8 * n + g : tokens - 1;
+      in[n] = reinterpret_cast<const Vec4*>(x + size_t(token) * x_stride + 8 * t);
+    }
+    int slot = 0, turn = 0;
+    for (int row_tile = blockIdx.x; row_tile < w.row_tiles; turn ^= 1, row_tile += gridDim.x) {
+      const int following = row_tile + gridDim.x;
+      if constexpr (BYTES) {
+        book.open(w.tables, row_tile);
+      } else {
+        book.open(shared.tables[turn]);
+        if (following < w.row_tiles) B::fetch(w.tables, following, warp, kWarps, held);
+      }
+      float sums[NT][4];
+#pragma unroll
+      for (int n = 0; n < NT; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0;
+      for (int c = warp; c < w.column_tiles; c += kWarps) {
+        ahead.load(shared);
+        wait_groups<DEPTH - 1>();
+        Vec4 tile[BITS];
+#pragma unroll
+        for (int p = 0; p < BITS; ++p) tile[p] = shared.ring[slot][p][threadIdx.x];
+        slot = slot + 1 == DEPTH ? 0 : slot + 1;
+        accumulate(book, tile, in, 32 * c, sums);
+      }
+      // sums[n]: row g of tokens 8n + 2t and 8n + 2t + 1, then row g + 8 of them
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
-        const Vec4 v = load_cached(x[n] + 16 * q + 4 * i);
-        T::mma(sums[n], first, v.x, v.y);
-        T::mma(sums[n], second, v.z, v.w);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) shared.sums[turn][warp][8 * n + 2 * t + e % 2][g + e / 2 * 8] = sums[n][e];
+      }
+      if constexpr (!BYTES) B::store(shared.tables[turn ^ 1], warp, kWarps, held);
+      __syncthreads();
+      for (int at = threadIdx.x; at < NT * 8 * 16; at += kWarps * 32) {
+        const int token = at / 16, row = row_tile * 16 + at % 16;
+        if (token >= tokens || row >= w.rows || (chosen && chosen[token] != BITS)) continue;
+        float sum = 0;
+#pragma unroll
+        for (int s = 0; s < kWarps; ++s) sum += shared.sums[turn][s][token][at % 16];
+        y[size_t(token) * w.rows + row] = T::round(w.scales[row] * sum);
       }
     }
   }
-#pragma unroll
-  for (int n = 0; n < NT; ++n) x[n] += kWarps * 32;
-}
 
-// Rows of this block for all tokens; where `chosen` is given, only tokens of this precision are written.
-template <class T, int BITS, bool INT8, int NT>
-__device__ __forceinline__ void rows_times(const Weight& w, const u16* x, int x_stride, u16* y, int tokens, const int* chosen,
-                                           float* shared) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const size_t plane = size_t(w.row_tiles) * w.column_tiles * 32;
-  const Vec4* source = w.planes + (size_t(blockIdx.x) * w.column_tiles + warp) * 32 + lane;
-  Vec4 tile[BITS], next[BITS];
-  int left = (w.column_tiles - warp + kWarps - 1) / kWarps;
-  if (left > 0) {
+  static __device__ __forceinline__ void accumulate(const B& book, const Vec4 (&tile)[BITS], const Vec4* const (&in)[NT],
+                                                    int at, float (&sums)[NT][4]) {
 #pragma unroll
-    for (int p = 0; p < BITS; ++p) tile[p] = load_stream(source + p * plane);
-  }
-  RowTables<T, BITS, INT8> tables[2];
-  u32 steps[2] = {0, 0};
+    for (int q = 0; q < 2; ++q) {
+      const Codes<BITS> upper = codes_of<BITS>(tile, q, 0), lower = codes_of<BITS>(tile, q, 1);
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const size_t row = blockIdx.x * 16 + g + 8 * h;
-    tables[h].load(w.tables + row * RowTables<T, BITS, INT8>::kBytes);
-    if constexpr (Shape<BITS>::kGrid) steps[h] = w.steps[row] * 0x00010001u;
-  }
-  const Vec4* in[NT];
-  float sums[NT][4];
+      for (int i = 0; i < 4; ++i) {
+        u32 first[4], second[4];
+        fragment<B, BITS>(book, upper, lower, i, 0, first);
+        fragment<B, BITS>(book, upper, lower, i, 1, second);
 #pragma unroll
-  for (int n = 0; n < NT; ++n) {
-    const int token = 8 * n + g < tokens ? 8 * n + g : tokens - 1;
-    in[n] = reinterpret_cast<const Vec4*>(x + size_t(token) * x_stride + warp * 256 + 8 * t);
-    sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0;
-  }
-  for (; left > 0; --left) {
-    source += kWarps * 32;
-    if (left > 1) {
-#pragma unroll
-      for (int p = 0; p < BITS; ++p) next[p] = load_stream(source + p * plane);
+        for (int n = 0; n < NT; ++n) {
+          const Vec4 v = load_cached(in[n] + at + 16 * q + 4 * i);
+          T::mma(sums[n], first, v.x, v.y);
+          T::mma(sums[n], second, v.z, v.w);
+        }
+      }
     }
-    accumulate<T, BITS, INT8, NT>(tables, steps, tile, in, sums);
-#pragma unroll
-    for (int p = 0; p < BITS; ++p) tile[p] = next[p];
   }
-  // sums[n]: row g of tokens 8n + 2t and 8n + 2t + 1, then row g + 8 of them. Shared: [warp][token][16 rows]
-#pragma unroll
-  for (int n = 0; n < NT; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) shared[((warp * NT + n) * 8 + 2 * t + e % 2) * 16 + g + e / 2 * 8] = sums[n][e];
-  }
-  __syncthreads();
-  for (int at = threadIdx.x; at < NT * 8 * 16; at += kWarps * 32) {
-    const int token = at / 16, row = blockIdx.x * 16 + at % 16;
-    if (token >= tokens || row >= w.rows || (chosen && chosen[token] != BITS)) continue;
-    float sum = 0;
-#pragma unroll
-    for (int s = 0; s < kWarps; ++s) sum += shared[s * NT * 8 * 16 + at];
-    y[size_t(token) * w.rows + row] = T::round(w.scales[row] * sum);
-  }
-}
+};
 
-extern "C" __global__ void __launch_bounds__(kWarps * 32)
-    gemv(const Vec4* planes, const u8* tables, const u16* steps, const float* scales, int rows, int row_tiles,
-         int column_tiles, const u16* x, int x_stride, u16* y, int tokens) {
-  __shared__ float shared[kWarps * KERNEL_TILES * 8 * 16];
-  const Weight w{planes, tables, steps, scales, rows, row_tiles, column_tiles};
-  rows_times<KERNEL_TYPE, KERNEL_BITS, KERNEL_INT8, KERNEL_TILES>(w, x, x_stride, y, tokens, nullptr, shared);
+#ifndef KERNEL_EMULATED
+extern "C" __global__ void __launch_bounds__(kWarps * 32, KERNEL_BLOCKS)
+    gemv(const Vec4* planes, const u32* tables, const float* scales, int rows, int row_tiles, int column_tiles, const u16* x,
+         int x_stride, u16* y, int tokens) {
+  using Kernel = Gemv<KERNEL_TYPE, KERNEL_BITS, KERNEL_BYTES, KERNEL_TILES, KERNEL_DEPTH>;
+  extern __shared__ u8 memory[];
+  const Weight w{planes, tables, scales, rows, row_tiles, column_tiles};
+  Kernel::run(*reinterpret_cast<typename Kernel::Shared*>(memory + (-shared_address(memory) & 4095)), w, x, x_stride, y,
+              tokens, nullptr);
 }
+#endif

@@ -1,8 +1,6 @@
 // What sm_90a has beyond machine.cuh: bulk copies counted by barriers in shared memory, and warp-group products.
 #pragma once
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
-
 // A barrier in shared memory. A phase ends when `count` threads have arrived and all expected bytes have landed.
 struct Barrier {
   u64 state;

@@ -17,19 +17,63 @@ __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 sel) {
   return d;
 }
 
-// Weights are read once: keep them out of L1.
-__device__ __forceinline__ Vec4 load_stream(const Vec4* p) {
-  Vec4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
+// Bits of a where `mask` is set, else of b; a & mask | ones; a ^ (b & mask). The compiler needs two instructions for each.
+__device__ __forceinline__ u32 select(u32 mask, u32 a, u32 b) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(d) : "r"(a), "r"(b), "r"(mask));
+  return d;
+}
+__device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 ones) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(ones));
+  return d;
+}
+__device__ __forceinline__ u32 flip(u32 a, u32 b, u32 mask) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0x78;" : "=r"(d) : "r"(a), "r"(b), "r"(mask));
+  return d;
+}
+// a >> 16, not to be joined with shifts to the left, which another unit of the machine does.
+__device__ __forceinline__ u32 upper_half(u32 a) {
+  u32 d = a >> 16;
+  asm("" : "+r"(d));
+  return d;
+}
+
+// Global to shared memory in the background, past L1; a thread may read what its own copies brought, by groups.
+__device__ __forceinline__ void copy_ahead(Vec4* to, const Vec4* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from));
+}
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT>  // groups that may still be under way
+__device__ __forceinline__ void wait_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
 __device__ __forceinline__ Vec4 load_cached(const Vec4* p) {
   Vec4 v;
   asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
+}
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+// Of shared memory; in the order of barriers, which the compiler keeps for volatile statements.
+template <int OFFSET>
+__device__ __forceinline__ u32 load_shared(u32 address) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(v) : "r"(address), "n"(OFFSET));
+  return v;
+}
+
+// The upper half of a, then the lower half of b.
+__device__ __forceinline__ u32 funnel(u32 a, u32 b) { return __funnelshift_r(a, b, 16); }
+
+// What the kernel before wrote may be read from here on; what comes earlier can overlap its end (a launch attribute).
+__device__ __forceinline__ void after_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 struct F16 {  // two in a register
@@ -43,11 +87,6 @@ struct F16 {  // two in a register
   static __device__ __forceinline__ u32 sub(u32 a, u32 b) {
     u32 d;
     asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-  }
-  static __device__ __forceinline__ u32 mul(u32 a, u32 b) {
-    u32 d;
-    asm("mul.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
   }
   static __device__ __forceinline__ u32 fma(u32 a, u32 b, u32 c) {
@@ -73,14 +112,9 @@ struct BF16 {
     return u32(h) << 16 | h;
   }
   static __device__ __forceinline__ u16 round(float v) { return u16(pair(v)); }
-  static __device__ __forceinline__ u32 sub(u32 a, u32 b) {  // a - b as a * 1 - b: exact for the numbers here
+  static __device__ __forceinline__ u32 sub(u32 a, u32 b) {  // a * 1 - b, rounded once
     u32 d;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80u), "r"(b ^ 0x80008000u));
-    return d;
-  }
-  static __device__ __forceinline__ u32 mul(u32 a, u32 b) {
-    u32 d;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
     return d;
   }
   static __device__ __forceinline__ u32 fma(u32 a, u32 b, u32 c) {
