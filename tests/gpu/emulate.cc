@@ -32,10 +32,10 @@ struct Memory {
 
 template <class T, int BITS, bool BYTES, int NT>
 void few(const Arguments& a) {
-  using Kernel = Gemv<T, BITS, BYTES, NT, 3>;
+  using Kernel = Gemv<T, BITS, BYTES, NT, 3, 4>;
   Memory<Kernel> memory;
   const unsigned blocks = a.weight.row_tiles < 2 ? 1 : 2;  // fewer than row tiles, so that blocks go on to a next one
-  emulate::launch({blocks, 1, 1}, kWarps * 32,
+  emulate::launch({blocks, 1, 1}, 4 * 32,
                   [&] { Kernel::run(*memory.shared, a.weight, a.x, a.x_stride, a.y, a.tokens, nullptr); });
 }
 

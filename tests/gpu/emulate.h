@@ -259,6 +259,7 @@ inline void end_group() {}
 template <int LEFT>
 void wait_groups() {}
 inline Vec4 load_cached(const Vec4* p) { return *p; }
+inline Vec4 load_if(bool wanted, const Vec4* p) { return wanted ? *p : Vec4{0x7fc07fc0, 0x7fc07fc0, 0x7fc07fc0, 0x7fc07fc0}; }
 
 template <class T, u32 MAGIC>
 struct Emulated {

@@ -8,7 +8,7 @@ from everybit.gpu.compile import kernel
 from everybit.gpu.layout import TILE_COLUMNS, TILE_ROWS, Tables
 
 MOST_FEW = 16  # tokens that gemv takes at once
-_WARPS = 8  # of a gemv block
+_PITCH = 20  # in numbers, of a token's sums in gemv
 _CHUNK = 64  # columns of x in a stage
 _TABLE = 8192  # bytes in shared memory of a row tile's
 _ALIGN, _RESERVED = 4096, 1024  # of shared memory: where tables begin, what CUDA has for itself before
@@ -17,26 +17,26 @@ _TYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def gemv(
-    x: torch.Tensor, planes: torch.Tensor, tables: Tables, bits: int, rows: int, depth: int = 0, blocks: int = 0
+    x: torch.Tensor, planes: torch.Tensor, tables: Tables, bits: int, rows: int, *how: int
 ) -> torch.Tensor:
     """A few tokens: planes are read once, decoded in registers and multiplied by the tensor cores.
 
-    `depth` tiles of planes are under way for each warp, `blocks` are wanted on a multiprocessor.
+    `how`: tiles of planes under way for each warp, blocks on a multiprocessor, warps of a block; else what measured best.
     Shapes: x [M, 256C] of F16 or BF16, M <= 16; planes u8[B, R, C, 32, 16] -> [M, rows]
     Needs:  a GPU of compute capability 8.0 or more; every stride of x a multiple of 8
     """
     tokens, device = len(x), x.device.index
     tiles = 1 if tokens <= 8 else 2
-    depth, blocks = depth or _DEPTHS[bits][0], blocks or _DEPTHS[bits][1]
-    constants = {"bits": bits, "tiles": tiles, "depth": depth, "blocks": blocks, **_variant(x, tables)}
+    depth, blocks, warps = how or (*_DEPTHS[bits], 8)
+    constants = {"bits": bits, "tiles": tiles, "depth": depth, "blocks": blocks, "warps": warps, **_variant(x, tables)}
     tables_bytes = 2 * (16 if tables.as_bytes else _TABLE)
-    sums_bytes = 2 * _WARPS * tiles * 8 * TILE_ROWS * 4
-    shared = _ALIGN - _RESERVED + tables_bytes + sums_bytes + depth * bits * _WARPS * 512
+    sums_bytes = 2 * warps * tiles * 8 * _PITCH * 4
+    shared = _ALIGN - _RESERVED + tables_bytes + sums_bytes + depth * bits * warps * 512
     run = kernel("gemv", device, shared, **constants)
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    most = run.blocks_at_once(32 * _WARPS) * torch.cuda.get_device_properties(device).multi_processor_count
+    most = run.blocks_at_once(32 * warps) * torch.cuda.get_device_properties(device).multi_processor_count
     grid = (min(planes.shape[1], most), 1)
-    run(grid, 32 * _WARPS, *_weight(planes, tables, rows), x, x.stride(0), y, tokens)
+    run(grid, 32 * warps, *_weight(planes, tables, rows), x, x.stride(0), y, tokens)
     return y
 
 

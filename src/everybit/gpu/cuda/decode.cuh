@@ -42,7 +42,12 @@ __device__ __forceinline__ void to_nibbles(const u32* planes, u32 (&v)[4]) {
 template <int BITS>
 struct Codes {
   u32 index[4], residual[4];
-  __device__ __forceinline__ explicit Codes(const u32 (&words)[BITS]) {
+  // Of half q of a tile, rows g + 8h.
+  __device__ __forceinline__ void open(const Vec4 (&tile)[BITS], int q, int h) {
+    u32 words[BITS];
+#pragma unroll
+    for (int p = 0; p < BITS; ++p)
+      words[p] = h == 0 ? (q == 0 ? tile[p].x : tile[p].y) : (q == 0 ? tile[p].z : tile[p].w);
     to_nibbles<Shape<BITS>::kIndexBits>(words, index);
     if constexpr (BITS > 5) to_nibbles<BITS - 4>(words + 4, residual);
     if constexpr (BITS == 5) residual[0] = words[4];
@@ -65,42 +70,48 @@ template <class T, int BITS, bool BYTES>
 struct Book {
   static constexpr int kShared = 16 * 2 * 32 * 2 * 4;  // bytes: [row g, g + 8][16 entries][even, odd][32 lanes]
   static constexpr int kRow = 16;                      // u32 in global memory: a number | its width << 16
-  static constexpr int kLoads = 4;                     // of each thread of a block of 8 warps
 
   u32 base;
 
   // `memory` begins at a multiple of 4,096.
   __device__ __forceinline__ void open(const u8* memory) { base = shared_address(memory) + threadIdx.x % 32 * 4; }
 
-  // Warps 0 ... count - 1 share the work of one table: entries are loaded early and stored when the table is free.
-  static __device__ __forceinline__ void fetch(const u32* tables, int row_tile, int warp, int count, u32 (&held)[kLoads]) {
-    const int lane = threadIdx.x % 32;
+  // COUNT warps share the work of one table: entries are loaded early and stored when the table is free.
+  template <int COUNT>
+  static __device__ __forceinline__ void fetch(const u32* tables, int row_tile, int warp, u32 (&held)[32 / COUNT]) {
+    const u32* from = tables + (size_t(row_tile) * 16 + threadIdx.x % 32 / 4) * kRow;
 #pragma unroll
-    for (int s = 0; s < kLoads; ++s) {
-      const int at = warp + s * count;  // 16h + entry
-      if (at < 32) held[s] = tables[(size_t(row_tile) * 16 + lane / 4 + at / 16 * 8) * kRow + at % 16];
+    for (int s = 0; s < 32 / COUNT; ++s) {
+      const int at = warp + s * COUNT;  // 16h + entry
+      held[s] = from[at / 16 * 8 * kRow + at % 16];
     }
   }
-  static __device__ __forceinline__ void store(u8* memory, int warp, int count, const u32 (&held)[kLoads]) {
-    u32* to = reinterpret_cast<u32*>(memory) + threadIdx.x % 32;
+  template <int COUNT>
+  static __device__ __forceinline__ void store(u8* memory, int warp, const u32 (&held)[32 / COUNT]) {
+    u32* to = reinterpret_cast<u32*>(memory) + warp * 64 + threadIdx.x % 32;
 #pragma unroll
-    for (int s = 0; s < kLoads; ++s) {
-      const int at = warp + s * count;
-      if (at < 32) to[at * 64] = held[s], to[at * 64 + 32] = held[s] << 16 | held[s] >> 16;
+    for (int s = 0; s < 32 / COUNT; ++s) {
+      to[s * COUNT * 64] = held[s], to[s * COUNT * 64 + 32] = held[s] << 16 | held[s] >> 16;
     }
   }
 
-  // Four numbers of row g + 8H: of word i the nibbles of `half`, as pairs of neighbouring columns.
+  // Four numbers of row g + 8H: of word i the nibbles of `half`. Two steps, as a lookup takes a while.
+  struct Found {
+    u32 even[2], odd[2];
+  };
   template <int H>
-  __device__ __forceinline__ void decode(const Codes<BITS>& codes, int i, int half, u32 (&out)[2]) const {
+  __device__ __forceinline__ Found look(const Codes<BITS>& codes, int i, int half) const {
     const u32 v = half ? upper_half(codes.index[i]) : codes.index[i];
-    const u32 even[2] = {entry<H, 0>(v << 8), entry<H, 0>(v << 4)}, odd[2] = {entry<H, 1>(v), entry<H, 1>(v >> 4)};
+    return {{entry<H, 0>(v << 8), entry<H, 0>(v << 4)}, {entry<H, 1>(v), entry<H, 1>(v >> 4)}};
+  }
+  static __device__ __forceinline__ void finish(const Found& found, const Codes<BITS>& codes, int i, int half, u32& a, u32& b) {
+    u32 out[2];
 #pragma unroll
     for (int p = 0; p < 2; ++p) {
       const int m = 2 * half + p;
-      out[p] = select(0xffffu, even[p], odd[p]);
+      out[p] = select(0xffffu, found.even[p], found.odd[p]);
       if constexpr (Shape<BITS>::kGrid) {
-        const u32 width = funnel(even[p], odd[p]);
+        const u32 width = funnel(found.even[p], found.odd[p]);
         if constexpr (BITS == 5) {  // 2r - 1 is a sign
           out[p] = T::sub(out[p], flip(width, codes.residual[0] << (15 - 4 * m - i), 0x80008000u));
         } else {
@@ -108,6 +119,7 @@ struct Book {
         }
       }
     }
+    a = out[0], b = out[1];
   }
 
   // The entry of bits 8 ... 11.
@@ -119,7 +131,7 @@ struct Book {
 
 template <int BITS>
 struct Book<F16, BITS, true> {
-  static constexpr int kShared = 0, kLoads = 1;
+  static constexpr int kShared = 0;
   static constexpr int kRow = BITS == 3 ? 2 : 1;  // u32 in global memory
   static_assert(BITS <= 3, "eight bytes are two registers");
 
@@ -134,32 +146,32 @@ struct Book<F16, BITS, true> {
     }
   }
 
+  struct Found {
+    u32 bytes;
+  };
   template <int H>
-  __device__ __forceinline__ void decode(const Codes<BITS>& codes, int i, int half, u32 (&out)[2]) const {
-    const u32 bytes = permute(table[H][0], table[H][kRow - 1], half ? codes.index[i] >> 16 : codes.index[i]);
-    out[0] = F16::sub(and_or(bytes, 0x00ff00ffu, 0x64006400u), F16::magic_plus(128));
-    out[1] = F16::sub(and_or(bytes >> 8, 0x00ff00ffu, 0x64006400u), F16::magic_plus(128));
+  __device__ __forceinline__ Found look(const Codes<BITS>& codes, int i, int half) const {
+    return {permute(table[H][0], table[H][kRow - 1], half ? codes.index[i] >> 16 : codes.index[i])};
+  }
+  static __device__ __forceinline__ void finish(const Found& found, const Codes<BITS>&, int, int, u32& a, u32& b) {
+    a = F16::sub(and_or(found.bytes, 0x00ff00ffu, 0x64006400u), F16::magic_plus(128));
+    b = F16::sub(and_or(found.bytes >> 8, 0x00ff00ffu, 0x64006400u), F16::magic_plus(128));
   }
 };
 
-// A's fragment of 16 columns.
+// A's fragment of 16 columns, slice s of a tile: word s / 2 % 4 of half s / 8, and of that the nibbles of half s % 2.
 template <class B, int BITS>
-__device__ __forceinline__ void fragment(const B& book, const Codes<BITS>& upper, const Codes<BITS>& lower, int i, int half,
-                                         u32 (&out)[4]) {
-  u32 a[2], b[2];
-  book.template decode<0>(upper, i, half, a);
-  book.template decode<1>(lower, i, half, b);
-  out[0] = a[0], out[1] = b[0], out[2] = a[1], out[3] = b[1];
-}
-
-template <int BITS>
-__device__ __forceinline__ Codes<BITS> codes_of(const Vec4 (&tile)[BITS], int q, int h) {
-  u32 words[BITS];
-#pragma unroll
-  for (int p = 0; p < BITS; ++p)
-    words[p] = h == 0 ? (q == 0 ? tile[p].x : tile[p].y) : (q == 0 ? tile[p].z : tile[p].w);
-  return Codes<BITS>(words);
-}
+struct Slice {
+  typename B::Found upper, lower;
+  __device__ __forceinline__ void look(const B& book, const Codes<BITS> (&codes)[2], int s) {
+    upper = book.template look<0>(codes[0], s / 2 % 4, s % 2);
+    lower = book.template look<1>(codes[1], s / 2 % 4, s % 2);
+  }
+  __device__ __forceinline__ void finish(const Codes<BITS> (&codes)[2], int s, u32 (&out)[4]) const {
+    B::finish(upper, codes[0], s / 2 % 4, s % 2, out[0], out[2]);
+    B::finish(lower, codes[1], s / 2 % 4, s % 2, out[1], out[3]);
+  }
+};
 
 struct Weight {
   const Vec4* planes;   // [B][row tiles][column tiles][32 lanes]

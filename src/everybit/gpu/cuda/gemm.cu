@@ -56,9 +56,9 @@ struct Gemm {
     } else {
 #pragma unroll 1
       for (int part = share; part < 8; part += kShare) {  // the warps of a row tile make its table together
-        u32 held[B::kLoads];
-        B::fetch(w.tables, row_tile, part, 8, held);
-        B::store(shared.tables[tile_of_block], part, 8, held);
+        u32 held[4];
+        B::template fetch<8>(w.tables, row_tile, part, held);
+        B::template store<8>(shared.tables[tile_of_block], part, held);
       }
       sync_some(1, kThreads);
       book.open(shared.tables[tile_of_block]);
@@ -73,28 +73,25 @@ struct Gemm {
       for (int p = 0; p < BITS; ++p) tile[p] = next[p];
       if (c + kShare < w.column_tiles) load(next, w, row_tile, c + kShare);
       int at = (c - share) * 4 + share;  // of the chunk in the order of `produce`
+      Codes<BITS> codes[2][2];
+      codes[0][0].open(tile, 0, 0), codes[0][1].open(tile, 0, 1);
+      Slice<B, BITS> slice, coming;
+      slice.look(book, codes[0], 0);
 #pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        const Codes<BITS> upper = codes_of<BITS>(tile, q, 0), lower = codes_of<BITS>(tile, q, 1);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int stage = at % STAGES;
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            u32 a[4];
-            fragment<B, BITS>(book, upper, lower, i, half, a);
-            if (i % 2 == 0 && half == 0) shared.full[stage].wait(at / STAGES % 2);
-            products_fence();
-            Products<T>::template times<TOKENS>(sums, a, swizzled_rows(shared.stages[stage] + i % 2 * 64 + half * 32));
-            products_commit();
-            products_wait<1>();  // all but this: the chunk before is read, and the next fragment may be written
-          }
-          if (i % 2 == 0) {
-            if (before >= 0 && lane == 0) shared.empty[before].arrive();
-          } else {
-            before = stage, at += sharers(c - share, w.column_tiles);
-          }
-        }
+      for (int s = 0; s < 16; ++s) {
+        const int stage = at % STAGES;
+        if (s == 7) codes[1][0].open(tile, 1, 0), codes[1][1].open(tile, 1, 1);
+        if (s < 15) coming.look(book, codes[(s + 1) / 8], s + 1);
+        u32 a[4];
+        slice.finish(codes[s / 8], s, a);
+        if (s % 4 == 0) shared.full[stage].wait(at / STAGES % 2);
+        products_fence();
+        Products<T>::template times<TOKENS>(sums, a, swizzled_rows(shared.stages[stage] + s % 4 * 32));
+        products_commit();
+        products_wait<1>();  // all but this: the chunk before is read, and the next fragment may be written
+        if (s % 4 == 1 && before >= 0 && lane == 0) shared.empty[before].arrive();
+        if (s % 4 == 3) before = stage, at += sharers(c - share, w.column_tiles);
+        slice = coming;
       }
     }
     products_wait<0>();

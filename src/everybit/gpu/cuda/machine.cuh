@@ -56,6 +56,15 @@ __device__ __forceinline__ Vec4 load_cached(const Vec4* p) {
   return v;
 }
 
+// Where `wanted`, else anything.
+__device__ __forceinline__ Vec4 load_if(bool wanted, const Vec4* p) {
+  Vec4 v;
+  asm("{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %5, 0;\n@wanted ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(p), "r"(u32(wanted)));
+  return v;
+}
+
 __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
 // Of shared memory; in the order of barriers, which the compiler keeps for volatile statements.
