@@ -7,6 +7,7 @@ median of its replays counts. FOLDER holds original.py, wrappers of the kernels 
 this repository. Prints a card and writes one JSON line for each figure.
 """
 
+# ruff: noqa: B023  (launches run within the loop that makes them)
 from __future__ import annotations
 
 import argparse
@@ -106,9 +107,8 @@ def check(args: argparse.Namespace) -> None:
                 W = torch.gather(table, 1, (codes >> (8 - bits)).long()).double()
                 for M in args.tokens:
                     x = torch.randn(M, K, device="cuda").to(dtype)
-                    if M <= launch.MOST_FEW:
-                        y = launch.gemv(torch.nn.functional.pad(x, (0, -K % 256)), tiles, tables, bits, N)
-                        got = {"gemv": y}
+                    if M <= 16:
+                        got = {"gemv": launch.gemv(launch.whole_tiles(x), tiles, tables, bits, N)}
                     else:
                         got = {
                             f"gemm {how}": launch.gemm(x, tiles, tables, bits, N, *how) for how in args.blocks or [[]]
@@ -138,8 +138,11 @@ class Ours:
         self.tables = {b: make_tables(CODEBOOKS["compact"], arrays, b, dtype).to("cuda") for b in BITS}
 
     def launches(self, x: torch.Tensor, bits: int, *how: int) -> list[Callable[[], Any]]:
-        """One for each copy, by gemv or gemm."""
-        run, tables = launch.gemv if len(x) <= launch.MOST_FEW else launch.gemm, self.tables[bits]
+        """One for each copy: by the kernel that everybit takes, or as `how` says."""
+        tables = self.tables[bits]
+        if not how:
+            return [lambda p=p: launch.times(x, p, tables, bits, self.N) for p in self.planes]
+        run = launch.gemv if len(x) <= 16 else launch.gemm
         return [lambda p=p: run(x, p, tables, bits, self.N, *how) for p in self.planes]
 
 
@@ -148,18 +151,18 @@ def gemv(args: argparse.Namespace, copy: float, original: Any) -> None:
         if name not in args.shapes:
             continue
         amount = copies(3 / 8 * N * K)
-        ours = Ours(N, K, torch.float16, amount)
-        dense = [torch.randn(N, K, device="cuda", dtype=torch.float16) for _ in range(copies(2 * N * K))]
+        ours = Ours(N, K, args.dtype, amount)
+        dense = [torch.randn(N, K, device="cuda", dtype=args.dtype) for _ in range(copies(2 * N * K))]
         for M in args.tokens:
-            x = torch.randn(M, K, device="cuda", dtype=torch.float16)
+            x = torch.randn(M, K, device="cuda", dtype=args.dtype)
             us, _ = timed([lambda w=w: torch.matmul(x, w.T) for w in dense])
-            note(figure="cublas f16", shape=name, M=M, us=us)
+            note(figure="cublas", dtype=str(args.dtype), shape=name, M=M, us=us)
             line = f"{name:9} M={M:<3} cublas {us:7.1f} us |"
             for bits in BITS:
                 best = None
                 for how in args.blocks or [[]]:
                     us, spread = timed(ours.launches(x, bits, *how))
-                    note(shape=name, M=M, bits=bits, us=us, spread=spread, how=how, dtype="f16")
+                    note(shape=name, M=M, bits=bits, us=us, spread=spread, how=how, dtype=str(args.dtype))
                     best = us if best is None else min(best, us)
                 share = N * K * bits / 8 / best / 1e3 / copy
                 line += f" {bits}b {best:6.1f} ({share:.0%})"
@@ -212,6 +215,7 @@ def main() -> None:
     parser.add_argument("--only", default="check,gemv,gemm")
     parser.add_argument("--shapes", type=lambda s: s.split("|"), default=list(SHAPES))
     parser.add_argument("--tokens", type=lambda s: [int(v) for v in s.split(",")], default=[1, 4, 8, 16, 64])
+    parser.add_argument("--dtype", type=lambda s: getattr(torch, s), default=torch.float16, help="of the gemv part")
     parser.add_argument("--many", type=lambda s: [int(v) for v in s.split(",")], default=[512, 2048])
     parser.add_argument("--blocks", type=lambda s: [[int(v) for v in b.split("x")] for b in s.split(",")], default=[])
     args = parser.parse_args()

@@ -40,6 +40,19 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gpu() -> str:
+    """The torch device "cuda". Absent, the test is skipped; with REQUIRE_GPU=1 it fails."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    message = "no CUDA device is there: torch.cuda.is_available() is False"
+    if os.environ.get("REQUIRE_GPU") == "1":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama on disk (2 layers, widths 48 and 88, one token per byte, about 60 k parameters), seeded.
 

@@ -7,6 +7,7 @@
 #include "arrange.cu"
 #include "gemm.cu"
 #include "gemv.cu"
+#include "mixed.cu"
 
 namespace {
 
@@ -54,6 +55,15 @@ void many(const Arguments& a) {
   });
 }
 
+template <class T, bool BYTES>
+void mixture(const Arguments& a, const Precisions& precisions, const int* chosen) {
+  using Kernel = Mixed<T, BYTES, 1>;
+  Memory<Kernel> memory;
+  emulate::launch({2, 1, 1}, 256, [&] {
+    Kernel::run(memory.shared, a.weight, precisions, a.x, a.x_stride, a.y, a.tokens, chosen);
+  });
+}
+
 template <class T, int BITS, bool BYTES>
 bool by_shape(const Arguments& a) {
   if (a.tile == 0) return (a.tokens <= 8 ? few<T, BITS, BYTES, 1>(a) : few<T, BITS, BYTES, 2>(a)), true;
@@ -90,4 +100,15 @@ extern "C" bool emulated(int bits, int bfloat, int bytes, int tile, int block, c
   const Arguments a{{planes, tables, scales, rows, row_tiles, column_tiles}, x, x_stride, columns, y, tokens, tile, block};
   if (bfloat) return !bytes && by_bits<BF16, false>(bits, a);
   return bytes ? by_bits<F16, true>(bits, a) : by_bits<F16, false>(bits, a);
+}
+
+// At most 8 tokens; precisions by bits, 0 to 8.
+extern "C" void emulated_mixture(int bfloat, int bytes, const Vec4* planes, const Precision* precisions, int rows,
+                                 int row_tiles, int column_tiles, const u16* x, int x_stride, u16* y, int tokens,
+                                 const int* chosen) {
+  const Arguments a{{planes, nullptr, nullptr, rows, row_tiles, column_tiles}, x, x_stride, 0, y, tokens, 0, 0};
+  Precisions all;
+  for (int b = 0; b < 9; ++b) all.of[b] = precisions[b];
+  if (bfloat) return mixture<BF16, false>(a, all, chosen);
+  return bytes ? mixture<F16, true>(a, all, chosen) : mixture<F16, false>(a, all, chosen);
 }

@@ -72,7 +72,9 @@ inline void run_block(unsigned threads) {
     f.context.uc_link = &home;
     makecontext(&f.context, [] { body(); fibers[current].done = true; }, 0);
   }
+  unsigned rounds = 0;
   for (unsigned left = threads; left;) {
+    if (++rounds > 1000000) std::fprintf(stderr, "a block of threads waits for itself\n"), std::abort();
     left = 0;
     for (current = 0; current < threads; ++current) {
       if (fibers[current].done) continue;

@@ -49,3 +49,19 @@ def times(
     )  # fmt: skip
     assert found, f"no kernel for {bits} bits, {x.dtype}, bytes {tables.as_bytes}, {tile} x {block}"
     return y
+
+
+def mixture(
+    x: torch.Tensor, planes: torch.Tensor, tables: dict[int, Tables], chosen: torch.Tensor, rows: int
+) -> torch.Tensor:
+    """By mixed, up to 8 tokens; without a table a precision is not served. Shapes: x [M, 256C], i32[M] -> [M, rows]"""
+    y = torch.full((len(x), rows), float("nan"), dtype=x.dtype)
+    pointers = torch.zeros(9, 2, dtype=torch.int64)
+    for bits, table in tables.items():
+        pointers[bits, 0], pointers[bits, 1] = table.entries.data_ptr(), table.scales.data_ptr()
+    as_bytes = next(iter(tables.values())).as_bytes
+    library().emulated_mixture(
+        int(x.dtype == torch.bfloat16), int(as_bytes), pointer(planes), pointer(pointers), rows, planes.shape[1],
+        planes.shape[2], pointer(x), x.stride(0), pointer(y), len(x), pointer(chosen),
+    )  # fmt: skip
+    return y

@@ -71,6 +71,8 @@ def source(name: str, constants: dict[str, int | str]) -> str:
         parts.append(_text("decode.cuh"))
     if name == "gemm":
         parts += [_text("hopper.cuh"), _products(int(constants["tokens"]))]
+    if name == "mixed":
+        parts.append(_text("gemv.cu"))
     parts.append(_text(f"{name}.cu"))
     return "\n".join(part.replace("#pragma once", "") for part in parts)
 

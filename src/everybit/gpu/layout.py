@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from everybit.errors import PrecisionError
-from everybit.formats.codebook import F32, Arrays, Codebook
+from everybit.formats.codebook import Arrays, Codebook
 from everybit.formats.grid import CELL_BITS, Grid
 
 TILE_ROWS, TILE_COLUMNS = 16, 256
 # The columns, of eight, that the nibbles of a word hold: so that pairs come out as neighbours (cuda/decode.cuh).
-_INDEX_ORDER, _RESIDUAL_ORDER = [0, 2, 1, 3, 4, 6, 5, 7], [0, 2, 4, 6, 1, 3, 5, 7]
+INDEX_ORDER, RESIDUAL_ORDER = [0, 2, 1, 3, 4, 6, 5, 7], [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def tile_planes(planes: torch.Tensor, columns: int) -> torch.Tensor:
         bits = (padded[..., None] >> shifts) & 1
         # row = 8h + g; column = 256c + 128q + 32i + 8t + order[p]; bit 4p + i of word (h, q) of lane 4g + t
         bits = bits.view(R, 2, 8, C, 2, 4, 4, 8).permute(0, 3, 2, 6, 1, 4, 7, 5)  # R C g t h q p i
-        bits = bits[:, :, :, :, :, :, _RESIDUAL_ORDER if k >= CELL_BITS else _INDEX_ORDER]
+        bits = bits[:, :, :, :, :, :, RESIDUAL_ORDER if k >= CELL_BITS else INDEX_ORDER]
         words = bits.reshape(R, C, 32, 16, 8)
         out[k] = (words << shifts).sum(-1, dtype=torch.uint8)
     return out
@@ -96,7 +96,7 @@ def make_tables(codebook: Codebook, arrays: Arrays, bits: int, dtype: torch.dtyp
     )
 
 
-def _bits_of(numbers: F32, dtype: torch.dtype) -> NDArray[np.uint32]:
+def _bits_of(numbers: NDArray[np.floating[Any]], dtype: torch.dtype) -> NDArray[np.uint32]:
     """Of the numbers rounded to `dtype`."""
     rounded = torch.from_numpy(np.ascontiguousarray(numbers, np.float32)).to(dtype)
     return rounded.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)

@@ -95,7 +95,8 @@ struct Gemm {
       }
     }
     products_wait<0>();
-    sync_some(1, kThreads);  // all have read x: its place is free
+    if (before >= 0 && lane == 0) shared.empty[before].arrive();  // other groups may still wait for its place
+    sync_some(1, kThreads);                                       // all have read x: its place is free
     if constexpr (kShare > 1) {
       float* others = reinterpret_cast<float*>(&shared.stages[0][0]) + threadIdx.x % 128;
       if (share > 0) {

@@ -119,7 +119,7 @@ struct Gemv {
   }
 };
 
-#ifndef KERNEL_EMULATED
+#ifdef KERNEL_BITS
 extern "C" __global__ void __launch_bounds__(KERNEL_WARPS * 32, KERNEL_BLOCKS)
     gemv(const Vec4* planes, const u32* tables, const float* scales, int rows, int row_tiles, int column_tiles, const u16* x,
          int x_stride, u16* y, int tokens) {

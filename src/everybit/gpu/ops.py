@@ -1,0 +1,144 @@
+"""The kernels as torch operators: with fake implementations for torch.compile, gradients for x, and a CPU path.
+
+`everybit::times` has its bits as a number of the call; `everybit::times_mixed` reads them from the device, token by
+token, so that one captured graph serves every precision. On a CPU both are the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from everybit.errors import ShapeError
+from everybit.gpu import launch, reference
+from everybit.gpu.layout import TILE_COLUMNS, Tables
+
+
+@torch.library.custom_op("everybit::times", mutates_args=())
+def times(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    entries: torch.Tensor,
+    scales: torch.Tensor,
+    as_bytes: bool,
+    bits: int,
+    rows: int,
+) -> torch.Tensor:
+    """x W' at `bits`.
+
+    Shapes: x [M, K] F16 or BF16 contiguous; planes u8[B, R, C, 32, 16]; entries, scales as in `Tables` -> [M, rows]
+    Raises: ShapeError
+    """
+    _check(x, planes, entries, as_bytes, bits)
+    tables = Tables(entries, scales, as_bytes)
+    if x.is_cuda:
+        return launch.times(_in_eights(x), planes, tables, bits, rows) if len(x) else x.new_empty(0, rows)
+    return _dense_times(x, reference.dense(planes, tables, bits, rows, x.shape[1], x.dtype))
+
+
+@times.register_fake
+def _(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    entries: torch.Tensor,
+    scales: torch.Tensor,
+    as_bytes: bool,
+    bits: int,
+    rows: int,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, planes, entries, scales, as_bytes, bits, rows = inputs
+    ctx.save_for_backward(planes, entries, scales)
+    ctx.rest = as_bytes, bits, rows, x.shape[1], x.dtype
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    planes, entries, scales = ctx.saved_tensors
+    as_bytes, bits, rows, columns, dtype = ctx.rest
+    weight = reference.dense(planes, Tables(entries, scales, as_bytes), bits, rows, columns, dtype)
+    return (gradient.float() @ weight).to(dtype), None, None, None, None, None, None
+
+
+times.register_autograd(_backward, setup_context=_keep)
+
+
+@torch.library.custom_op("everybit::times_mixed", mutates_args=())
+def times_mixed(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    pointers: torch.Tensor,
+    entries: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    as_bytes: list[bool],
+    bits: list[int],
+    chosen: torch.Tensor,
+    rows: int,
+) -> torch.Tensor:
+    """x W', each token at the precision that `chosen` names; NaN where that is none of `bits`.
+
+    Shapes: x [M, K], M <= 64 on a GPU; pointers i64[9, 2] as in `launch.mixed`; of entries, scales and as_bytes one for
+    each of bits; chosen i32[M] -> [M, rows]
+    Raises: ShapeError
+    """
+    _check(x, planes, entries[-1], as_bytes[-1], bits[-1])
+    if chosen.dtype != torch.int32 or chosen.shape != x.shape[:1] or not chosen.is_contiguous():
+        raise ShapeError(f"{chosen.dtype} {list(chosen.shape)} arrived, expected the bits of {len(x)} tokens as int32")
+    if x.is_cuda:
+        if len(x) > launch.FEW_AT_MOST:
+            raise ShapeError(
+                f"{len(x)} tokens of mixed precision arrived, expected at most {launch.FEW_AT_MOST}: split them"
+            )
+        return launch.mixed(launch.whole_tiles(_in_eights(x)), planes, pointers, as_bytes[0], chosen, rows)
+    y = torch.full((len(x), rows), float("nan"), dtype=x.dtype)
+    for b, table, scale, flag in zip(bits, entries, scales, as_bytes, strict=True):
+        here = chosen == b
+        y[here] = _dense_times(
+            x[here], reference.dense(planes, Tables(table, scale, flag), b, rows, x.shape[1], x.dtype)
+        )
+    return y
+
+
+@times_mixed.register_fake
+def _(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    pointers: torch.Tensor,
+    entries: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    as_bytes: list[bool],
+    bits: list[int],
+    chosen: torch.Tensor,
+    rows: int,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+def _dense_times(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (x.float() @ weight.T).to(x.dtype)
+
+
+def _in_eights(x: torch.Tensor) -> torch.Tensor:
+    """Rows of whole 16-byte units, as the kernels load them."""
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % 8)) if x.shape[1] % 8 else x
+
+
+def _check(x: torch.Tensor, planes: torch.Tensor, entries: torch.Tensor, as_bytes: bool, bits: int) -> None:
+    columns = planes.shape[2] * TILE_COLUMNS if planes.ndim == 5 else 0
+    if x.dtype not in (torch.float16, torch.bfloat16) or x.ndim != 2 or not x.is_contiguous() or x.data_ptr() % 16:
+        raise ShapeError(
+            f"x arrived as {x.dtype} {list(x.shape)} with strides {list(x.stride())}, expected contiguous float16 or "
+            "bfloat16 [M, K]: call .contiguous() or convert it"
+        )
+    if not columns - TILE_COLUMNS < x.shape[1] <= columns or bits > len(planes):
+        raise ShapeError(
+            f"x [M, {x.shape[1]}] at {bits} bits arrived, expected up to {columns} columns and {len(planes)} planes: "
+            "pass the activations of this weight"
+        )
+    if as_bytes and x.dtype != torch.float16:
+        raise ShapeError(f"tables for float16 and {x.dtype} activations arrived: make the tables for the same dtype")
+    if len({t.device for t in (x, planes, entries)}) > 1:
+        raise ShapeError(f"x is on {x.device}, the weight on {planes.device}: move one of them")
