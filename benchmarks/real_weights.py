@@ -2,7 +2,7 @@
 
     python benchmarks/real_weights.py FOLDER [--alphas 0,0.5,1] [--seed 0] [--rows 0] [--threads 0]
 
-FOLDER holds a model.safetensors (/work/shared/data/weights/gpt2-124m-attention: 12 matrices of 768 x 768). A Hessian
+FOLDER holds a model.safetensors (../shared/data/weights/gpt2-124m-attention: 12 matrices of 768 x 768). A Hessian
 has eigenvalues k^-alpha (alpha 0: the identity, where nothing can be made up for) in a random orthogonal basis, another
 one for each matrix. For each precision the ratio of e' H e, summed over a matrix, of `guided` and `tree` (compact
 codebooks, one overlay for 2 to 8 bits) to that of `original`: upscale with float16 tables, its seed 2 bits at 2 bits
