@@ -58,6 +58,10 @@ class RequestError(EverybitError):
         self.problem = problem
 
 
+class BusyError(EverybitError):
+    """A request that came when too many others wait."""
+
+
 class OutputError(EverybitError):
     """A place that cannot be written."""
 

@@ -55,11 +55,11 @@ void many(const Arguments& a) {
   });
 }
 
-template <class T, bool BYTES>
+template <class T, bool BYTES, int NT>
 void mixture(const Arguments& a, const Precisions& precisions, const int* chosen) {
-  using Kernel = Mixed<T, BYTES, 1>;
+  using Kernel = Mixed<T, BYTES, NT>;
   Memory<Kernel> memory;
-  emulate::launch({2, 1, 1}, 256, [&] {
+  emulate::launch({2, 1, 1}, Kernel::kWarps * 32, [&] {
     Kernel::run(memory.shared, a.weight, precisions, a.x, a.x_stride, a.y, a.tokens, chosen);
   });
 }
@@ -98,17 +98,20 @@ extern "C" bool emulated(int bits, int bfloat, int bytes, int tile, int block, c
                          const float* scales, int rows, int row_tiles, int column_tiles, const u16* x, int x_stride,
                          int columns, u16* y, int tokens) {
   const Arguments a{{planes, tables, scales, rows, row_tiles, column_tiles}, x, x_stride, columns, y, tokens, tile, block};
+  allowed_x = {x, x + size_t(tokens) * x_stride};
   if (bfloat) return !bytes && by_bits<BF16, false>(bits, a);
   return bytes ? by_bits<F16, true>(bits, a) : by_bits<F16, false>(bits, a);
 }
 
-// At most 8 tokens; precisions by bits, 0 to 8.
+// At most 16 tokens (more than 8 of F16: with byte tables); precisions by bits, 0 to 8.
 extern "C" void emulated_mixture(int bfloat, int bytes, const Vec4* planes, const Precision* precisions, int rows,
                                  int row_tiles, int column_tiles, const u16* x, int x_stride, u16* y, int tokens,
                                  const int* chosen) {
   const Arguments a{{planes, nullptr, nullptr, rows, row_tiles, column_tiles}, x, x_stride, 0, y, tokens, 0, 0};
   Precisions all;
   for (int b = 0; b < 9; ++b) all.of[b] = precisions[b];
-  if (bfloat) return mixture<BF16, false>(a, all, chosen);
-  return bytes ? mixture<F16, true>(a, all, chosen) : mixture<F16, false>(a, all, chosen);
+  allowed_x = {x, x + size_t(tokens) * x_stride};
+  if (tokens > 8) return bfloat ? mixture<BF16, false, 2>(a, all, chosen) : mixture<F16, true, 2>(a, all, chosen);
+  if (bfloat) return mixture<BF16, false, 1>(a, all, chosen);
+  return bytes ? mixture<F16, true, 1>(a, all, chosen) : mixture<F16, false, 1>(a, all, chosen);
 }

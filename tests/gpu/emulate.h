@@ -8,8 +8,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <algorithm>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 using u8 = unsigned char;
@@ -256,12 +258,36 @@ inline u32 upper_half(u32 a) { return a >> 16; }
 inline u32 funnel(u32 a, u32 b) { return a >> 16 | b << 16; }
 inline void after_previous_kernel() {}
 inline void __syncwarp() { emulate::warp_sync(); }
-inline void copy_ahead(Vec4* to, const Vec4* from) { *to = *from; }
-inline void end_group() {}
+// What a thread copies ahead arrives when it waits for it, not before.
+struct Copies {
+  std::vector<std::vector<std::pair<Vec4*, Vec4>>> groups{1};
+  unsigned of = 0;  // block
+};
+inline std::vector<Copies> copies;
+inline Copies& own_copies() {
+  copies.resize(std::max(copies.size(), emulate::fibers.size()));
+  Copies& mine = copies[emulate::current];
+  if (mine.of != emulate::blocks) mine = Copies{}, mine.of = emulate::blocks;
+  return mine;
+}
+inline void copy_ahead(Vec4* to, const Vec4* from) { own_copies().groups.back().push_back({to, *from}); }
+inline void end_group() { own_copies().groups.emplace_back(); }
 template <int LEFT>
-void wait_groups() {}
+void wait_groups() {
+  auto& groups = own_copies().groups;
+  while (groups.size() > LEFT + 1) {
+    for (auto& [to, value] : groups.front()) *to = value;
+    groups.erase(groups.begin());
+  }
+}
+inline std::pair<const u16*, const u16*> allowed_x;
 inline Vec4 load_cached(const Vec4* p) { return *p; }
-inline Vec4 load_if(bool wanted, const Vec4* p) { return wanted ? *p : Vec4{0x7fc07fc0, 0x7fc07fc0, 0x7fc07fc0, 0x7fc07fc0}; }
+inline Vec4 load_if(bool wanted, const Vec4* p) {
+  if (!wanted) return Vec4{0x7fc07fc0, 0x7fc07fc0, 0x7fc07fc0, 0x7fc07fc0};  // NaN in both types
+  const u16* at = reinterpret_cast<const u16*>(p);
+  if (at < allowed_x.first || at + 8 > allowed_x.second) std::fprintf(stderr, "x is read beyond its end\n"), std::abort();
+  return *p;
+}
 
 template <class T, u32 MAGIC>
 struct Emulated {

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from everybit.errors import PrecisionError, ShapeError
+from everybit.formats import Overlay
 from everybit.formats.codebooks import CODEBOOKS
 from everybit.gpu import TiledWeight, reference
 from everybit.gpu.layout import make_tables, tile_planes
@@ -34,10 +39,10 @@ def error(y: torch.Tensor, want: torch.Tensor) -> float:
 def test_torch_accepts_the_operators() -> None:
     weight, x = weight_of(20, 40, torch.float16), torch.randn(3, 40).half()
     tables = weight.tables[3]
-    args = (x, weight.planes, tables.entries, tables.scales, tables.as_bytes, 3, 20)
+    args = (x, weight.planes, tables.entries, tables.scales, 3, 20)
     torch.library.opcheck(torch.ops.everybit.times.default, args, test_utils=("test_schema", "test_faketensor"))
     chosen, every = torch.tensor([2, 8, 5], dtype=torch.int32), list(weight.tables.values())
-    mixed = ([t.entries for t in every], [t.scales for t in every], [t.as_bytes for t in every], list(range(2, 9)))
+    mixed = ([t.entries for t in every], [t.scales for t in every], list(range(2, 9)))
     args = (x, weight.planes, torch.zeros(9, 2, dtype=torch.int64), *mixed, chosen, 20)
     torch.library.opcheck(torch.ops.everybit.times_mixed.default, args, test_utils=("test_schema", "test_faketensor"))
 
@@ -62,6 +67,37 @@ def test_a_compiled_model_changes_precision_without_compiling_again() -> None:
     assert torch.equal(second[0], weight.times(x[:1], 8)[0])
 
 
+def test_a_slice_that_begins_anywhere_is_taken() -> None:
+    weight, x = weight_of(20, 100, torch.float16), torch.randn(5, 100).half()
+    assert torch.equal(weight.times(x[1:], 3), weight.times(x, 3)[1:])
+
+
+def test_a_copy_points_to_its_own_tables() -> None:
+    weight = weight_of(20, 40, torch.float16)
+    for twin in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
+        assert twin.pointers[3, 0] == twin.tables[3].entries.data_ptr() != weight.pointers[3, 0]
+        assert torch.equal(twin.planes, weight.planes)
+
+
+@pytest.mark.parametrize("name", ["overlay", "overlay-2", "overlay-3"])
+def test_every_weight_of_the_golden_overlays(name: str) -> None:
+    """Experts, weights with their own bits, every kind: against the reader's own tables and codes."""
+    with Overlay.open(Path(__file__).parent.parent / "golden" / name) as overlay:
+        for spec in overlay.weights.values():
+            if spec.codebook == "table" and max(spec.bits) > 4:
+                continue
+            for expert in range(spec.shape[0]) if len(spec.shape) == 3 else [None]:
+                weight = TiledWeight.of(overlay, spec.name, torch.float16, "cpu", expert)
+                for bits in spec.bits:
+                    codes = reference.untile(weight.planes[:bits])[: weight.rows, : weight.columns].numpy()
+                    table = overlay.table(spec.name, bits)
+                    if expert is not None:
+                        table = table.reshape(spec.shape[0], spec.shape[1], -1)[expert]
+                    want = np.take_along_axis(table.reshape(weight.rows, -1), codes, 1)
+                    got = dense_of(weight, bits, torch.float16).numpy()
+                    assert (np.abs(got - want) <= 3 * 2**-11 * np.abs(want).max(axis=1, keepdims=True)).all()
+
+
 def test_leading_dimensions_are_kept() -> None:
     weight, x = weight_of(20, 40, torch.float16), torch.randn(2, 5, 40).half()
     assert torch.equal(weight.times(x, 3), torch.stack([weight.times(part, 3) for part in x]))
@@ -71,16 +107,24 @@ def test_bad_input_is_refused_in_one_line() -> None:
     weight, x = weight_of(20, 40, torch.float16), torch.randn(2, 40).half()
     with pytest.raises(PrecisionError, match="w has 2, 3, 4, 5, 6, 7, 8 bits, not 9"):
         weight.times(x, 9)
-    with pytest.raises(ShapeError, match=r"torch.float32 .* expected contiguous float16 or bfloat16 \[M, K\]"):
-        weight.times(x.float(), 3)
-    with pytest.raises(ShapeError, match=r"tables for float16 and torch\.bfloat16 activations arrived"):
-        weight.times(x.bfloat16(), 3)
-    with pytest.raises(ShapeError, match=r"x \[M, 257\] at 3 bits arrived, expected up to 256 columns"):
-        weight.times(torch.randn(1, 257).half(), 3)
+    for dtype, other in (
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+        (torch.float16, torch.float32),
+    ):
+        made, wrong = weight_of(20, 40, dtype), torch.zeros(2, 40, dtype=other)
+        for bits in range(2, 9):
+            with pytest.raises(ShapeError, match=f"{other} activations arrived, expected {dtype}"):
+                made.times(wrong, bits)
+        with pytest.raises(ShapeError, match=f"{other} activations arrived, expected {dtype}"):
+            made.times_mixed(wrong, torch.tensor([3, 4], dtype=torch.int32))
+    for columns in (39, 41, 256):
+        with pytest.raises(ShapeError, match=rf"x of shape \[1, {columns}\] arrived, expected \[\.\.\., 40\] for w"):
+            weight.times(torch.zeros(1, columns).half(), 3)
     with pytest.raises(ShapeError, match="expected the bits of 2 tokens as int32"):
         weight.times_mixed(x, torch.tensor([3, 4]))
     tables = weight.tables[3]
-    args = (weight.planes, tables.entries, tables.scales, tables.as_bytes, 3, 20)
+    args = (weight.planes, tables.entries, tables.scales, 3, 20)
     with pytest.raises(ShapeError, match="expected contiguous"):
         torch.ops.everybit.times(torch.randn(40, 2).half().T, *args)
 

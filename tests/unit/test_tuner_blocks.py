@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import everybit
 from everybit.cli.quantize import describe
@@ -95,6 +96,30 @@ def test_what_is_no_chain_of_blocks_says_so(tmp_path: Path) -> None:
     assert blocks.why_not() is None
     blocks._source.model.config.num_hidden_layers = 3
     assert Blocks(blocks._source).why_not() == "its decoder blocks are not to be found"
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_blocks_that_are_told_the_tokens_are_refused(family: str, tmp_path: Path) -> None:
+    """Gemma's embeddings for each layer: a chain that runs on without them is another model."""
+    common: dict[str, Any] = {
+        "vocab_size": 64, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "hidden_size": 32,
+        "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "max_position_embeddings": 64, "num_kv_shared_layers": 0, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2,
+    }  # fmt: skip
+    if family == "gemma4":
+        config: Any = transformers.Gemma4TextConfig(**common)
+    else:
+        config = transformers.Gemma3nTextConfig(
+            **common, laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4, sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    blocks = blocks_of(model, tmp_path)
+    assert blocks.why_not() in (
+        "its decoder blocks are told which tokens they see",
+        "its decoder blocks are not a chain",
+    )
 
 
 def test_the_report_is_true_and_only_tables_change(solved: Solved, tmp_path: Path) -> None:

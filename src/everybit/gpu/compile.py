@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 from functools import cache
 from importlib.resources import files
@@ -20,9 +21,8 @@ class Kernel:
     """One compiled kernel. `shared` bytes of memory are its own, for every launch."""
 
     def __init__(self, name: str, device: int, shared: int, constants: dict[str, int | str]) -> None:
-        from cuda.bindings import driver
-
-        self._driver, self._shared = driver, shared
+        driver = _bindings("driver")
+        self._driver, self._shared, self._device = driver, shared, device
         code = _compile(name, device, constants)
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # the context exists from here on
@@ -46,7 +46,7 @@ class Kernel:
         config.gridDimZ = config.blockDimY = config.blockDimZ = 1
         config.blockDimX = threads
         config.sharedMemBytes = self._shared
-        config.hStream = torch.cuda.current_stream().cuda_stream
+        config.hStream = torch.cuda.current_stream(self._device).cuda_stream
         if self._overlap:
             early = driver.CUlaunchAttribute()
             early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -54,7 +54,8 @@ class Kernel:
             config.attrs, config.numAttrs = [early], 1
         values = tuple(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args)
         types = tuple(ctypes.c_void_p if isinstance(arg, torch.Tensor) else ctypes.c_int for arg in args)
-        _checked(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
+        with torch.cuda.device(self._device):
+            _checked(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
 
 
 @cache
@@ -78,9 +79,10 @@ def source(name: str, constants: dict[str, int | str]) -> str:
 
 
 def _compile(name: str, device: int, constants: dict[str, int | str]) -> bytes:
-    from cuda.bindings import nvrtc
-
+    nvrtc = _bindings("nvrtc")
     major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise EverybitError(f"a GPU of compute capability {major}.{minor} arrived, the kernels need 8.0 or more")
     target = f"sm_{major}{minor}" + ("a" if name == "gemm" else "")
     options = [f"--gpu-architecture={target}".encode(), b"-std=c++17"]
     program = _checked(nvrtc.nvrtcCreateProgram(source(name, constants).encode(), f"{name}.cu".encode(), 0, [], []))
@@ -94,6 +96,13 @@ def _compile(name: str, device: int, constants: dict[str, int | str]) -> bytes:
     code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
     _checked(nvrtc.nvrtcGetCUBIN(program, code))
     return bytes(code)
+
+
+def _bindings(part: str) -> Any:
+    try:
+        return importlib.import_module(f"cuda.bindings.{part}")
+    except ImportError:
+        raise EverybitError('the GPU kernels need cuda-bindings: pip install "everybit[gpu]"') from None
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

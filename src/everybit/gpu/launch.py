@@ -18,7 +18,7 @@ _STAGES_BYTES = 208 * 1024
 _TABLE = 8192  # bytes in shared memory of a row tile's
 _PITCH = 20  # in numbers, of a token's sums in gemv
 _ALIGN, _RESERVED = 4096, 1024  # of shared memory: where tables begin, what CUDA has for itself before
-_MIXED = (2, 8)  # depth and warps in mixed.cu
+_SMALL = (2, 4)  # depth and warps that fit the shared memory of every GPU (99 KB); those of mixed.cu
 _TYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -52,6 +52,9 @@ def gemv(x: torch.Tensor, planes: torch.Tensor, tables: Tables, bits: int, rows:
     device, row_tiles = x.device.index, planes.shape[1]
     tiles = _token_tiles(len(x))
     depth, blocks, warps = how or _best_gemv(bits, tiles, row_tiles, device)
+    most = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
+    if not how and _gemv_shared(bits, tables.as_bytes, tiles, depth, warps) > most:
+        (depth, warps), blocks = _SMALL, 1
     shared = _gemv_shared(bits, tables.as_bytes, tiles, depth, warps)
     constants = {"bits": bits, "tiles": tiles, "depth": depth, "blocks": blocks, "warps": warps}
     run = kernel("gemv", device, shared, **constants, **_variant(x, tables.as_bytes))
@@ -68,7 +71,7 @@ def mixed(
     Shapes: x [M, 256C], M <= 64; pointers i64[9, 2], by bits, of a precision's entries and scales, 0 where there is
     none; chosen i32[M] -> [M, rows], NaN where there is none
     """
-    device, (depth, warps) = x.device.index, _MIXED
+    device, (depth, warps) = x.device.index, _SMALL
     tiles = _token_tiles(len(x))
     run = kernel("mixed", device, _gemv_shared(8, False, tiles, depth, warps), tiles=tiles, **_variant(x, as_bytes))
     y = torch.full((len(x), rows), float("nan"), dtype=x.dtype, device=x.device)
@@ -93,7 +96,7 @@ def gemm(x: torch.Tensor, planes: torch.Tensor, tables: Tables, bits: int, rows:
     images = torch.empty(token_tiles * chunks * tile * _CHUNK, dtype=x.dtype, device=x.device)
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     arrange = kernel("arrange", device, tokens=tile)
-    arrange((-(-chunks * 2 // 64), token_tiles * tile // 4), 256, x, x.stride(0), tokens, columns, chunks, images)
+    arrange((token_tiles * tile // 4, -(-chunks * 2 // 64)), 256, x, x.stride(0), tokens, columns, chunks, images)
     run = kernel("gemm", device, shared, **constants, **_variant(x, tables.as_bytes))
     run((-(-rows // block), token_tiles), 128 * groups + 128, *_weight(planes, tables, rows), images, y, tokens)
     return y

@@ -10,11 +10,9 @@ Shape letters: B planes, N rows, K columns, R row tiles, C column tiles.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from everybit.errors import PrecisionError
 from everybit.formats.codebook import Arrays, Codebook
@@ -29,17 +27,25 @@ INDEX_ORDER, RESIDUAL_ORDER = [0, 2, 1, 3, 4, 6, 5, 7], [0, 2, 4, 6, 1, 3, 5, 7]
 class Tables:
     """The codebook of one precision in units of `scales`, for activations of one dtype.
 
-    Where `as_bytes`, integers of -127 to 127, stored + 128. Else 16 entries a row: a number and, above 4 bits, in the
-    upper half the width that an odd multiple of is added to it.
-    Shapes: entries i32[16R, 1 or 2 or 16], scales f32[16R]
+    Either integers of -127 to 127 as bytes, + 128 (for F16), or 16 pairs a row in the activations' dtype: a number and,
+    above 4 bits, the width of which an odd multiple is added to it.
+    Shapes: entries u8[16R, 4 or 8] or F16 or BF16 [16R, 32]; scales f32[16R]
     """
 
     entries: torch.Tensor
     scales: torch.Tensor
-    as_bytes: bool
+
+    @property
+    def as_bytes(self) -> bool:
+        return self.entries.dtype == torch.uint8
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return torch.float16 if self.as_bytes else self.entries.dtype
 
     def to(self, device: torch.device | str) -> Tables:
-        return Tables(self.entries.to(device), self.scales.to(device), self.as_bytes)
+        return Tables(self.entries.to(device), self.scales.to(device))
 
 
 def tile_planes(planes: torch.Tensor, columns: int) -> torch.Tensor:
@@ -79,27 +85,19 @@ def make_tables(codebook: Codebook, arrays: Arrays, bits: int, dtype: torch.dtyp
         most = np.abs(values).max(axis=1) if grid is None else np.abs(grid.ends(bits)).max(axis=(1, 2))
         scales = np.exp2(np.floor(np.log2(np.where(most > 0, most, 1)))).astype(np.float32)
     numbers = values / scales[:, None]
-    if as_bytes:
-        entries = np.full((len(scales), 4 if bits < 3 else 8), 128, np.uint8)
-        entries[:, : numbers.shape[1]] = np.rint(numbers) + 128
-        entries = entries.view("<i4")
-    else:
-        entries = np.zeros((len(scales), 16), np.uint32)
-        entries[:, : numbers.shape[1]] = _bits_of(numbers, dtype)
-        if grid is not None:
-            widths = grid.ladders * (grid.steps * np.float32(16 >> (bits - CELL_BITS)) / scales)[:, None]
-            entries |= _bits_of(widths, dtype) << np.uint32(16)
-        entries = entries.view(np.int32)
     more = -len(scales) % TILE_ROWS
-    return Tables(
-        torch.from_numpy(np.pad(entries, ((0, more), (0, 0)))), torch.from_numpy(np.pad(scales, (0, more))), as_bytes
-    )
-
-
-def _bits_of(numbers: NDArray[np.floating[Any]], dtype: torch.dtype) -> NDArray[np.uint32]:
-    """Of the numbers rounded to `dtype`."""
-    rounded = torch.from_numpy(np.ascontiguousarray(numbers, np.float32)).to(dtype)
-    return rounded.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+    if as_bytes:
+        filled = np.full((len(scales) + more, 4 if bits < 3 else 8), 128, np.uint8)
+        filled[: len(scales), : numbers.shape[1]] = np.rint(numbers) + 128
+        entries = torch.from_numpy(filled)
+    else:
+        pairs = np.zeros((len(scales) + more, 16, 2), np.float32)
+        pairs[: len(scales), : numbers.shape[1], 0] = numbers
+        if grid is not None:
+            steps = grid.steps * np.float32(16 >> (bits - CELL_BITS)) / scales
+            pairs[: len(scales), :, 1] = grid.ladders * steps[:, None]
+        entries = torch.from_numpy(pairs).to(dtype).flatten(1)
+    return Tables(entries, torch.from_numpy(np.pad(scales, (0, more))))
 
 
 def _grid(codebook: Codebook, arrays: Arrays, bits: int) -> Grid | None:

@@ -36,10 +36,10 @@ def untile(planes: torch.Tensor) -> torch.Tensor:
 
 def _numbers(codes: torch.Tensor, tables: Tables, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """In units of the scales. Shapes: i64[16R, 256C] -> f32[16R, 256C]"""
-    index, entries = codes >> max(0, bits - CELL_BITS), tables.entries.contiguous()
+    index = codes >> max(0, bits - CELL_BITS)
     if tables.as_bytes:
-        return entries.view(torch.uint8).to(torch.float32).gather(1, index) - 128
-    halves = entries.view(dtype).view(len(entries), -1, 2).to(torch.float32)
+        return tables.entries.to(torch.float32).gather(1, index) - 128
+    halves = tables.entries.view(len(tables.entries), 16, 2).to(torch.float32)
     numbers = halves[..., 0].gather(1, index)
     if bits <= CELL_BITS:
         return numbers

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
-from everybit.errors import PrecisionError
+from everybit.errors import PrecisionError, ShapeError
 from everybit.formats import Overlay
 from everybit.gpu.layout import Tables, make_tables, tile_planes
 from everybit.gpu.ops import times, times_mixed
@@ -26,31 +28,50 @@ class TiledWeight:
     pointers: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tables", dict(sorted(self.tables.items())))
         found = torch.zeros(9, 2, dtype=torch.int64)
         for b, tables in self.tables.items():
             found[b, 0], found[b, 1] = tables.entries.data_ptr(), tables.scales.data_ptr()
         object.__setattr__(self, "pointers", found.to(self.planes.device))
 
-    @classmethod
-    def of(cls, overlay: Overlay, name: str, dtype: torch.dtype, device: torch.device | str) -> TiledWeight:
-        """The weight `name` with every precision that it has. [N, K] only: slice experts yourself.
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles have their own tables, and so their own pointers."""
+        return TiledWeight, (self.name, self.planes, self.tables, self.rows, self.columns)
 
-        Raises: PrecisionError where a codebook has no kernel (free tables above 4 bits), FormatError as the reader does
+    @classmethod
+    def of(
+        cls, overlay: Overlay, name: str, dtype: torch.dtype, device: torch.device | str, expert: int | None = None
+    ) -> TiledWeight:
+        """The weight `name` with every precision that it has; of a weight [E, N, K], one expert.
+
+        `dtype` is that of the activations, F16 or BF16.
+        Raises: PrecisionError where a codebook has no kernel (free tables above 4 bits), ShapeError, FormatError as the
+        reader does
         """
         spec = overlay.weights[name]
-        if len(spec.shape) != 2:
-            raise PrecisionError(f"{name} has shape {list(spec.shape)}, expected [N, K]: experts are decoded at load")
-        tables = {b: make_tables(spec.book, overlay.codebook(name, b), b, dtype).to(device) for b in spec.bits}
-        planes = torch.stack([torch.from_numpy(plane) for plane in overlay.planes(name, spec.planes)]).to(device)
-        return cls(name, tile_planes(planes, spec.columns), tables, spec.rows, spec.columns)
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ShapeError(f"activations of {dtype} arrived, expected torch.float16 or torch.bfloat16")
+        if (len(spec.shape) == 3) != (expert is not None) or (expert is not None and not 0 <= expert < spec.shape[0]):
+            raise ShapeError(
+                f"{name} has shape {list(spec.shape)} and expert is {expert}: name one of [E, N, K], none of [N, K]"
+            )
+        rows = slice(None) if expert is None else slice(expert * spec.shape[1], (expert + 1) * spec.shape[1])
+        tables = {}
+        for b in spec.bits:
+            overlay.table(name, b)  # refuses numbers that are not finite
+            arrays = {key: a.reshape(-1, a.shape[-1])[rows] for key, a in overlay.codebook(name, b).items()}
+            tables[b] = make_tables(spec.book, arrays, b, dtype).to(device)
+        stored = np.stack([plane.reshape(spec.rows, -1)[rows] for plane in overlay.planes(name, spec.planes)])
+        planes = tile_planes(torch.from_numpy(stored).to(device), spec.columns)
+        return cls(name, planes, tables, len(stored[0]), spec.columns)
 
     def times(self, x: torch.Tensor, bits: int) -> torch.Tensor:
         """x W' at `bits`, one of the weight's own. Shapes: [..., K] -> [..., N]. Raises: PrecisionError, ShapeError"""
         tables = self.tables.get(bits)
         if tables is None:
             raise PrecisionError(f"{self.name} has {', '.join(map(str, self.tables))} bits, not {bits}")
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        y: torch.Tensor = times(flat, self.planes, tables.entries, tables.scales, tables.as_bytes, bits, self.rows)
+        flat = self._flat(x)
+        y: torch.Tensor = times(flat, self.planes, tables.entries, tables.scales, bits, self.rows)
         return y.view(*x.shape[:-1], self.rows)
 
     def times_mixed(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -58,9 +79,14 @@ class TiledWeight:
 
         Shapes: [M, K], i32[M] -> [M, N], NaN where the weight does not have these bits
         """
-        bits, tables = list(self.tables), list(self.tables.values())
+        entries, scales = [t.entries for t in self.tables.values()], [t.scales for t in self.tables.values()]
         y: torch.Tensor = times_mixed(
-            x, self.planes, self.pointers, [t.entries for t in tables], [t.scales for t in tables],
-            [t.as_bytes for t in tables], bits, chosen, self.rows,
-        )  # fmt: skip
+            self._flat(x), self.planes, self.pointers, entries, scales, list(self.tables), chosen, self.rows
+        )
         return y
+
+    def _flat(self, x: torch.Tensor) -> torch.Tensor:
+        """As the operators want it. Raises: ShapeError"""
+        if not x.ndim or x.shape[-1] != self.columns:
+            raise ShapeError(f"x of shape {list(x.shape)} arrived, expected [..., {self.columns}] for {self.name}")
+        return x.reshape(-1, self.columns).contiguous()

@@ -6,7 +6,7 @@ own code: its forward pass runs with the blocks' places taken by functions that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from typing import Any
@@ -36,8 +36,8 @@ class Blocks:
     """The blocks of a source, their weights read when asked for and held by the caller alone.
 
     Hidden states are f32[n, T, D]: n sequences of T tokens, those beyond a sequence's end do not matter (causal).
-    Cost: memory of everything but the blocks, in float32. Mutates: fills the buffers of `source.model` (rotary
-    frequencies and the like) that no file holds.
+    Cost: memory of everything but the blocks, in float32. Mutates: the first run fills the buffers of `source.model`
+    (rotary frequencies and the like) that no file holds.
     """
 
     def __init__(self, source: Source) -> None:
@@ -45,28 +45,33 @@ class Blocks:
         self.names = find_blocks(source.model)
         self._modules = [self._model.get_submodule(name[:-1]) for name in self.names]
         self._calls: dict[tuple[int, int], list[tuple[Any, Any]]] = {}
-        _fill_buffers(self._model)
 
     def why_not(self) -> str | None:
         """None where the blocks can run apart from the model. Cost: no weights are read"""
         if not self.names:
             return "its decoder blocks are not to be found"
-        nothing = {n: torch.zeros(()).expand(self._source.shapes[n]) for n in self._outside_names()}
+        outside = {n: _marked(self._source.shapes[n]) for n in self._outside_names()}
         passed: list[Any] = []
+        calls: list[Any] = []
 
         def note(_: int, hidden: Any, *args: Any, **kwargs: Any) -> Any:
             passed.append(hidden)
-            if len(passed) == len(self.names):
+            calls.append((args, kwargs))
+            if len(passed) % len(self.names) == 0:
                 raise _EnoughError
             return hidden
 
         try:
-            with torch.no_grad(), suppress(_EnoughError):
-                self._run(nothing, torch.zeros(1, 2, dtype=torch.int64), note)
+            for ids in ([[1, 2]], [[2, 1]]):
+                with torch.no_grad(), suppress(_EnoughError):
+                    self._run(outside, torch.tensor(ids), note)
         except Exception as error:  # whatever an unknown architecture does with hidden states of its own
             return f"its decoder blocks cannot be run one by one ({reason(error)})"
-        if len(passed) < len(self.names) or any(hidden is not passed[0] for hidden in passed):
+        count = len(self.names)
+        if len(passed) < 2 * count or any(hidden is not passed[i // count * count] for i, hidden in enumerate(passed)):
             return "its decoder blocks are not a chain"
+        if not _same(calls[:count], calls[count:]):
+            return "its decoder blocks are told which tokens they see"
         return None
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
@@ -103,6 +108,11 @@ class Blocks:
         return found.float()
 
     @cached_property
+    def _filled(self) -> Any:
+        _fill_buffers(self._model)
+        return self._model
+
+    @cached_property
     def _outside(self) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
         for name in self._outside_names():
@@ -131,7 +141,7 @@ class Blocks:
 
     def _run(self, parameters: Values, ids: torch.Tensor, instead: Callable[..., Any]) -> Any:
         with _replaced(self._modules, instead):
-            return functional_call(self._model, dict(parameters), (), {"input_ids": ids, "use_cache": False})
+            return functional_call(self._filled, dict(parameters), (), {"input_ids": ids, "use_cache": False})
 
 
 class _EnoughError(Exception):
@@ -153,12 +163,33 @@ def _floats(parameters: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.T
     return {name: t.float() if t.is_floating_point() else t for name, t in parameters}
 
 
+def _marked(shape: Sequence[int]) -> torch.Tensor:
+    """A parameter whose rows differ in sign, so that different tokens look different; takes the memory of a column."""
+    if len(shape) < 2:
+        return torch.ones(()).expand(shape)
+    rows = (1 - 2 * (torch.arange(shape[0]) % 2)).float()
+    return rows.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether arguments are equal as far as there are tensors in them."""
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape and bool(torch.equal(a, b))
+    if isinstance(a, dict):
+        return all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return True
+
+
 @torch.no_grad()
 def _fill_buffers(model: Any) -> None:
-    """Buffers that no file holds get their values from the model's own initialization, as when it is loaded."""
-    for module in model.modules():
+    """Buffers that no file holds get their values from the initialization of the model that they belong to."""
+    owners = {name: m for name, m in model.named_modules() if hasattr(m, "_init_weights")}
+    for path, module in model.named_modules():
         own = [n for n in module._non_persistent_buffers_set if getattr(module, n, None) is not None]
         for name in own:
             setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
         if own:
-            model._init_weights(module)
+            around = (name for name in owners if not name or path == name or path.startswith(f"{name}."))
+            owners[max(around, key=len)]._init_weights(module)

@@ -149,7 +149,7 @@ def tune_blocks(
         tuner.enter(b, Level(*_weights(outside, solutions, b)).untuned())
         tables, done = _walk(tuner, within, solutions, b, steps, folder, progress)
         before, after = tuner.divergences()
-        if after >= before:  # each block gained by its own measure, and the model lost
+        if not after < before:  # each block gained by its own measure, and the model lost
             tables, after = {}, before
         gained = sum(r.after < r.before for r in done) if tables else 0
         report[b] = TunedBits(before, after, max(r.steps for r in done), gained)

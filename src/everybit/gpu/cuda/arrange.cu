@@ -26,7 +26,7 @@ __device__ __forceinline__ void arrange_group(const u16* x, int x_stride, int to
 extern "C" __global__ void __launch_bounds__(256)
     arrange(const u16* x, int x_stride, int tokens, int columns, int chunks, Vec4* images) {
   after_previous_kernel();
-  const int group = blockIdx.x * 64 + threadIdx.x % 64, token = blockIdx.y * 4 + threadIdx.x / 64;
+  const int group = blockIdx.y * 64 + threadIdx.x % 64, token = blockIdx.x * 4 + threadIdx.x / 64;
   if (group < chunks * 2) arrange_group<KERNEL_TOKENS>(x, x_stride, tokens, columns, chunks, images, token, group);
 }
 #endif

@@ -15,6 +15,7 @@ struct Gemm {
     alignas(1024) u8 stages[STAGES][TOKENS * kChunk * 2];
     Barrier full[STAGES], empty[STAGES];
   };
+  static_assert(kShare >= 1 && (kShare == 1 || ROWS == 64), "groups share the rows of a whole block");
   static_assert(ROWS / 64 * TOKENS * kPitch * 2 <= STAGES * TOKENS * kChunk * 2, "the output is staged there too");
   static_assert((kShare - 1) * TOKENS * 64 * 4 <= STAGES * TOKENS * kChunk * 2, "and the sums of other groups");
 

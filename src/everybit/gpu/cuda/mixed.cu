@@ -11,7 +11,7 @@ struct Precisions {
 
 template <class T, bool BYTES, int NT>
 struct Mixed {
-  static constexpr int kDepth = 2, kWarps = 8;
+  static constexpr int kDepth = 2, kWarps = 4;
   template <int BITS>
   using Kernel = Gemv<T, BITS, BYTES && BITS <= 3, NT, kDepth, kWarps>;
   using Shared = typename Kernel<8>::Shared;
@@ -41,7 +41,7 @@ struct Mixed {
 };
 
 #ifndef KERNEL_EMULATED
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(128, 1)
     mixed(const Vec4* planes, const Precision* precisions, int rows, int row_tiles, int column_tiles, const u16* x,
           int x_stride, u16* y, int tokens, const int* chosen) {
   using Kernel = Mixed<KERNEL_TYPE, KERNEL_BYTES, KERNEL_TILES>;

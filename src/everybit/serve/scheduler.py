@@ -1,0 +1,216 @@
+"""Who runs in the next step: continuous batching with chunked prompts over paged KV blocks.
+
+A pure state machine: no clock, no threads, no model. `next` says what to run, `done` takes what came of it; everything
+else is called between `done` and `next`. Every running sequence gets its one token in each step before prompts get what
+is left of the budget (Sarathi, Agrawal et al. 2024); sequences join and leave between steps (Orca, Yu et al. 2022).
+Where blocks run out, the last in rank is put back and computed again later (vLLM, Kwon et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+from everybit.errors import BusyError, RequestError
+from everybit.serve.blocks import Blocks, Path
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asks for. `bits` is whatever names a precision; cached text is shared within `tenant` only.
+
+    A smaller `priority` and an earlier `deadline` go first; the deadline is any number that grows with time.
+    """
+
+    id: Hashable
+    prompt: tuple[int, ...]
+    max_tokens: int
+    bits: Hashable
+    tenant: Hashable = None
+    priority: int = 0
+    deadline: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one sequence does in a step: `tokens` after `past` others. A token is sampled where `samples`."""
+
+    id: Hashable
+    tokens: tuple[int, ...]
+    past: int
+    blocks: tuple[int, ...]
+    bits: Hashable
+    samples: bool
+
+
+@dataclass(eq=False)
+class _Sequence:
+    request: Request
+    rank: tuple[int, float, int]
+    path: Path
+    tokens: list[int]
+    bits: Hashable
+    key_bits: Hashable = None  # the precision under which the path is shared
+    computed: int = 0  # tokens in the KV cache
+    pure: int = 0  # of these, the leading ones that `key_bits` wrote
+    running: bool = False
+
+    @property
+    def left(self) -> int:
+        return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A glance at the load."""
+
+    waiting: int
+    running: int
+    blocks: int
+    blocks_available: int
+    blocks_cached: int
+    preempted: int  # since the beginning
+    tokens_cached: int  # of prompts, not computed because they were cached
+
+
+class Scheduler:
+    """`budget` tokens a step, `most` sequences running, `queue` requests waiting.
+
+    `context` tokens a sequence may have. `blocks` of `block_tokens` tokens are shared by all.
+    """
+
+    def __init__(
+        self, *, blocks: int, block_tokens: int, context: int, budget: int = 512, most: int = 64, queue: int = 1024
+    ) -> None:
+        if not 1 <= most <= budget:
+            raise RequestError(
+                "most", f"{most} sequences a step and a budget of {budget} tokens: expected 1 to the budget"
+            )
+        self._blocks = Blocks(blocks, block_tokens)
+        self._context, self._budget, self._most, self._queue = context, budget, most, queue
+        self._sequences: dict[Hashable, _Sequence] = {}
+        self._arrivals = self._preempted = self._tokens_cached = 0
+        self._batch: tuple[Part, ...] = ()
+
+    def submit(self, request: Request) -> None:
+        """Raises: RequestError where it can never run, with the arithmetic; BusyError where the queue is full"""
+        if request.id in self._sequences:
+            raise RequestError("id", f"{request.id!r} is in use: give every request its own")
+        prompt, more = len(request.prompt), request.max_tokens
+        if not prompt or more < 1:
+            raise RequestError("prompt", f"{prompt} tokens and max_tokens {more}: expected at least 1 of each")
+        # The last token is never computed: nothing follows it.
+        blocks = -(-(prompt + more - 1) // self._blocks.size)
+        if prompt + more > self._context or blocks > self._blocks.total:
+            raise RequestError(
+                "max_tokens",
+                f"a prompt of {prompt} tokens and {more} more are {prompt + more} tokens in {blocks} KV blocks of "
+                f"{self._blocks.size}; the context is {self._context} tokens and there are {self._blocks.total} blocks",
+            )
+        waiting = sum(not s.running for s in self._sequences.values())
+        if waiting >= self._queue:
+            raise BusyError(f"{waiting} requests wait, the most is {self._queue}: try again later")
+        rank = (request.priority, request.deadline, self._arrivals)
+        self._arrivals += 1
+        self._sequences[request.id] = _Sequence(request, rank, self._blocks.path(), list(request.prompt), request.bits)
+
+    def cancel(self, id: Hashable) -> bool:
+        """Its blocks are free before the next step. False where no such request is there (any more)."""
+        sequence = self._sequences.pop(id, None)
+        if sequence is not None:
+            sequence.path.close()
+        return sequence is not None
+
+    def set_bits(self, id: Hashable, bits: Hashable) -> None:
+        """From the next step on. What is in the KV cache stays as it was written; it is shared no further."""
+        self._sequences[id].bits = bits
+
+    def next(self) -> tuple[Part, ...]:
+        """What to run now; empty where nothing is there. `done` must follow before the next call."""
+        ranked = sorted(self._sequences.values(), key=lambda s: s.rank)
+        running = [s for s in ranked if s.running]
+        parts: list[Part] = []
+        for sequence in [s for s in running if s.left == 1] + [s for s in running if s.left > 1]:
+            budget = self._budget - sum(len(part.tokens) for part in parts)
+            if budget and sequence.running:  # one may have been put back for another
+                parts += self._part(sequence, budget, running, parts)
+        for sequence in ranked:
+            budget = self._budget - sum(len(part.tokens) for part in parts)
+            if sequence.running:
+                continue
+            if not budget or len(running) == self._most or not self._admit(sequence):
+                break  # those behind it wait too: small ones do not overtake for ever
+            running.append(sequence)
+            parts += self._part(sequence, budget, running, parts)
+        self._batch = tuple(parts)
+        return self._batch
+
+    def done(self, sampled: Mapping[Hashable, int | None]) -> None:
+        """What the last `next` led to: for each part that samples a token, or None where its sequence has ended.
+
+        A sequence also ends, by itself, at its max_tokens: give its last token, it is not asked for another.
+        """
+        for part in self._batch:
+            sequence = self._sequences.get(part.id)
+            if sequence is None:
+                continue  # cancelled meanwhile
+            if sequence.computed == sequence.pure and part.bits == sequence.key_bits:
+                sequence.pure += len(part.tokens)
+            sequence.computed += len(part.tokens)
+            sequence.path.share(sequence.tokens[: sequence.pure])
+            if part.samples:
+                token = sampled[part.id]
+                if token is not None:
+                    sequence.tokens.append(token)
+                generated = len(sequence.tokens) - len(sequence.request.prompt)
+                if token is None or generated >= sequence.request.max_tokens:
+                    self.cancel(part.id)
+        self._batch = ()
+
+    def counts(self) -> Counts:
+        running = sum(s.running for s in self._sequences.values())
+        return Counts(
+            waiting=len(self._sequences) - running,
+            running=running,
+            blocks=self._blocks.total,
+            blocks_available=self._blocks.available,
+            blocks_cached=self._blocks.cached,
+            preempted=self._preempted,
+            tokens_cached=self._tokens_cached,
+        )
+
+    def check(self) -> None:
+        """That no block is lost or in two places. Raises: EverybitError"""
+        self._blocks.check([s.path for s in self._sequences.values()])
+
+    def _admit(self, sequence: _Sequence) -> bool:
+        """Make it running if its whole text so far has room."""
+        sequence.computed = sequence.pure = sequence.path.open(
+            (sequence.request.tenant, sequence.bits), sequence.tokens
+        )
+        needed = -(-len(sequence.tokens) // self._blocks.size) - len(sequence.path)
+        if needed > self._blocks.available:
+            self._leave(sequence)
+            return False
+        sequence.running, sequence.key_bits = True, sequence.bits
+        self._tokens_cached += sequence.computed
+        return True
+
+    def _part(self, sequence: _Sequence, budget: int, running: Sequence[_Sequence], parts: list[Part]) -> list[Part]:
+        """Its part of the step, or none. For its blocks the last in rank are put back, and their parts taken out."""
+        count = min(sequence.left, budget)
+        while not sequence.path.grow(sequence.computed + count):
+            last = max((s for s in running if s.running), key=lambda s: s.rank)
+            self._leave(last)
+            self._preempted += 1
+            parts[:] = [part for part in parts if part.id != last.request.id]
+            if last is sequence:
+                return []
+        tokens = tuple(sequence.tokens[sequence.computed : sequence.computed + count])
+        samples, blocks = count == sequence.left, sequence.path.all
+        return [Part(sequence.request.id, tokens, sequence.computed, blocks, sequence.bits, samples)]
+
+    def _leave(self, sequence: _Sequence) -> None:
+        sequence.path.close()
+        sequence.computed = sequence.pure = 0
+        sequence.running = False
