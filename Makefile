@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.everybit-setup
 NATIVE := $(shell find native -type f \( -name '*.cc' -o -name '*.h' -o -name 'CMakeLists.txt' \) 2>/dev/null)
-CXX_FORMATTED := $(filter %.cc %.h,$(NATIVE))
+CXX_FORMATTED := $(filter %.cc %.h,$(NATIVE)) $(wildcard src/everybit/gpu/cuda/*.cu src/everybit/gpu/cuda/*.cuh tests/gpu/*.h tests/gpu/*.cc)
 
 .PHONY: help setup check format test test-all test-native bench demo clean
 

@@ -50,18 +50,16 @@ void many(const Arguments& a) {
     for (int group = 0; group < chunks * 2; ++group)
       arrange_group<TOKENS>(a.x, a.x_stride, a.tokens, a.columns, chunks, images.data(), token, group);
   Memory<Kernel> memory;
-  emulate::launch({unsigned((w.rows + ROWS - 1) / ROWS), unsigned(token_tiles), 1}, GROUPS * 128 + 128, [&] {
-    Kernel::run(*memory.shared, w, reinterpret_cast<const u8*>(images.data()), a.y, a.tokens);
-  });
+  emulate::launch({unsigned((w.rows + ROWS - 1) / ROWS), unsigned(token_tiles), 1}, GROUPS * 128 + 128,
+                  [&] { Kernel::run(*memory.shared, w, reinterpret_cast<const u8*>(images.data()), a.y, a.tokens); });
 }
 
 template <class T, bool BYTES, int NT>
 void mixture(const Arguments& a, const Precisions& precisions, const int* chosen) {
   using Kernel = Mixed<T, BYTES, NT>;
   Memory<Kernel> memory;
-  emulate::launch({2, 1, 1}, Kernel::kWarps * 32, [&] {
-    Kernel::run(memory.shared, a.weight, precisions, a.x, a.x_stride, a.y, a.tokens, chosen);
-  });
+  emulate::launch({2, 1, 1}, Kernel::kWarps * 32,
+                  [&] { Kernel::run(memory.shared, a.weight, precisions, a.x, a.x_stride, a.y, a.tokens, chosen); });
 }
 
 template <class T, int BITS, bool BYTES>
@@ -76,17 +74,25 @@ bool by_shape(const Arguments& a) {
 template <class T, bool BYTES>
 bool by_bits(int bits, const Arguments& a) {
   switch (bits) {
-    case 1: return by_shape<T, 1, BYTES>(a);
-    case 2: return by_shape<T, 2, BYTES>(a);
-    case 3: return by_shape<T, 3, BYTES>(a);
+    case 1:
+      return by_shape<T, 1, BYTES>(a);
+    case 2:
+      return by_shape<T, 2, BYTES>(a);
+    case 3:
+      return by_shape<T, 3, BYTES>(a);
   }
   if constexpr (!BYTES) {
     switch (bits) {
-      case 4: return by_shape<T, 4, BYTES>(a);
-      case 5: return by_shape<T, 5, BYTES>(a);
-      case 6: return by_shape<T, 6, BYTES>(a);
-      case 7: return by_shape<T, 7, BYTES>(a);
-      case 8: return by_shape<T, 8, BYTES>(a);
+      case 4:
+        return by_shape<T, 4, BYTES>(a);
+      case 5:
+        return by_shape<T, 5, BYTES>(a);
+      case 6:
+        return by_shape<T, 6, BYTES>(a);
+      case 7:
+        return by_shape<T, 7, BYTES>(a);
+      case 8:
+        return by_shape<T, 8, BYTES>(a);
     }
   }
   return false;
@@ -97,7 +103,8 @@ bool by_bits(int bits, const Arguments& a) {
 extern "C" bool emulated(int bits, int bfloat, int bytes, int tile, int block, const Vec4* planes, const u32* tables,
                          const float* scales, int rows, int row_tiles, int column_tiles, const u16* x, int x_stride,
                          int columns, u16* y, int tokens) {
-  const Arguments a{{planes, tables, scales, rows, row_tiles, column_tiles}, x, x_stride, columns, y, tokens, tile, block};
+  const Arguments a{
+      {planes, tables, scales, rows, row_tiles, column_tiles}, x, x_stride, columns, y, tokens, tile, block};
   allowed_x = {x, x + size_t(tokens) * x_stride};
   if (bfloat) return !bytes && by_bits<BF16, false>(bits, a);
   return bytes ? by_bits<F16, true>(bits, a) : by_bits<F16, false>(bits, a);

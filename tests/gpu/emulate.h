@@ -1,14 +1,15 @@
-// A CPU in place of machine.cuh: one block at a time, a fiber for each thread, switched at what a warp or block does together.
+// A CPU in place of machine.cuh: one block at a time, a fiber for each thread, switched at what a warp or block does
+// together.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <algorithm>
 #include <functional>
 #include <memory>
 #include <utility>
@@ -72,7 +73,13 @@ inline void run_block(unsigned threads) {
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = 256 << 10;
     f.context.uc_link = &home;
-    makecontext(&f.context, [] { body(); fibers[current].done = true; }, 0);
+    makecontext(
+        &f.context,
+        [] {
+          body();
+          fibers[current].done = true;
+        },
+        0);
   }
   unsigned rounds = 0;
   for (unsigned left = threads; left;) {
@@ -285,7 +292,8 @@ inline Vec4 load_cached(const Vec4* p) { return *p; }
 inline Vec4 load_if(bool wanted, const Vec4* p) {
   if (!wanted) return Vec4{0x7fc07fc0, 0x7fc07fc0, 0x7fc07fc0, 0x7fc07fc0};  // NaN in both types
   const u16* at = reinterpret_cast<const u16*>(p);
-  if (at < allowed_x.first || at + 8 > allowed_x.second) std::fprintf(stderr, "x is read beyond its end\n"), std::abort();
+  if (at < allowed_x.first || at + 8 > allowed_x.second)
+    std::fprintf(stderr, "x is read beyond its end\n"), std::abort();
   return *p;
 }
 
@@ -294,7 +302,9 @@ struct Emulated {
   static u32 magic_plus(u32 n) { return (MAGIC + n) * 0x00010001u; }
   static u16 round(float v) { return T::rounded(v); }
   static u32 pair(float v) { return T::rounded(v) * 0x00010001u; }
-  static u32 sub(u32 a, u32 b) { return emulate::each<T>(a, b, b, [](double x, double y, double) { return x - y; }); }
+  static u32 sub(u32 a, u32 b) {
+    return emulate::each<T>(a, b, b, [](double x, double y, double) { return x - y; });
+  }
   static u32 fma(u32 a, u32 b, u32 c) {
     return emulate::each<T>(a, b, c, [](double x, double y, double z) { return x * y + z; });
   }

@@ -37,8 +37,9 @@ __device__ __forceinline__ void to_nibbles(const u32* planes, u32 (&v)[4]) {
   swap_bits<1, (BITS > 1)>(0x55555555u, a[2], a[3], v[2], v[3]);
 }
 
-// The codes of 128 columns' share of a lane in a row, eight a word. Above 4 bits `residual` has the bits that follow the
-// index, those of pair m of columns in nibbles m and m + 4, so that one mask makes a pair of them; at 5 bits the plane.
+// The codes of 128 columns' share of a lane in a row, eight a word. Above 4 bits `residual` has the bits that follow
+// the index, those of pair m of columns in nibbles m and m + 4, so that one mask makes a pair of them; at 5 bits the
+// plane.
 template <int BITS>
 struct Codes {
   u32 index[4], residual[4];
@@ -54,7 +55,8 @@ struct Codes {
   }
 };
 
-// 2r + 1 - n of the two residuals in nibbles m and m + 4, exact: near 1024 (BF16: 128) the low bits of a number are ones.
+// 2r + 1 - n of the two residuals in nibbles m and m + 4, exact: near 1024 (BF16: 128) the low bits of a number are
+// ones.
 __device__ __forceinline__ u32 odd_pair(F16, u32 residual, int m, u32 points) {
   const u32 word = m < 2 ? residual << 1 : residual >> 7, mask = ((points - 1) << 1) * 0x00010001u;
   if (m % 2 == 0) return F16::sub(and_or(word, mask, F16::magic_plus(1)), F16::magic_plus(points));
@@ -65,7 +67,8 @@ __device__ __forceinline__ u32 odd_pair(BF16, u32 residual, int m, u32 points) {
   return BF16::sub(and_or(word, mask, BF16::magic_plus(1)), BF16::magic_plus(points));
 }
 
-// What turns codes into numbers for the 16 rows of one row tile. BYTES: integers of -127 ... 127 + 128, F16, up to 3 bits.
+// What turns codes into numbers for the 16 rows of one row tile. BYTES: integers of -127 ... 127 + 128, F16, up to 3
+// bits.
 template <class T, int BITS, bool BYTES>
 struct Book {
   static constexpr int kShared = 16 * 2 * 32 * 2 * 4;  // bytes: [row g, g + 8][16 entries][even, odd][32 lanes]
@@ -104,7 +107,8 @@ struct Book {
     const u32 v = half ? upper_half(codes.index[i]) : codes.index[i];
     return {{entry<H, 0>(v << 8), entry<H, 0>(v << 4)}, {entry<H, 1>(v), entry<H, 1>(v >> 4)}};
   }
-  static __device__ __forceinline__ void finish(const Found& found, const Codes<BITS>& codes, int i, int half, u32& a, u32& b) {
+  static __device__ __forceinline__ void finish(const Found& found, const Codes<BITS>& codes, int i, int half, u32& a,
+                                                u32& b) {
     u32 out[2];
 #pragma unroll
     for (int p = 0; p < 2; ++p) {

@@ -1,14 +1,15 @@
 // y = x W' for many tokens on sm_90a. KERNEL_GROUPS warp groups decode weights into registers while the tensor cores
 // multiply what they decoded before; one more brings x, which `arrange` laid out as stages. A block is KERNEL_TOKENS
-// tokens x KERNEL_ROWS rows, 64 for a group; where rows are for fewer groups, several share the columns of the same rows.
+// tokens x KERNEL_ROWS rows, 64 for a group; where rows are for fewer groups, several share the columns of the same
+// rows.
 
-constexpr int kChunk = 64;     // columns of x in one stage: rows of 128 bytes
+constexpr int kChunk = 64;      // columns of x in one stage: rows of 128 bytes
 constexpr int kPitch = 64 + 8;  // of a token in the output's staging, in numbers
 
 template <class T, int BITS, bool BYTES, int TOKENS, int ROWS, int GROUPS, int STAGES>
 struct Gemm {
   using B = Book<T, BITS, BYTES>;
-  static constexpr int kThreads = GROUPS * 128;       // that multiply
+  static constexpr int kThreads = GROUPS * 128;        // that multiply
   static constexpr int kShare = GROUPS / (ROWS / 64);  // groups for the same rows: column tile c is of group c % kShare
   struct Shared {
     alignas(4096) u8 tables[B::kShared ? ROWS / 16 : 1][B::kShared ? B::kShared : 16];
@@ -176,6 +177,7 @@ extern "C" __global__ void __launch_bounds__(KERNEL_GROUPS * 128 + 128, 1)
   using Kernel = Gemm<KERNEL_TYPE, KERNEL_BITS, KERNEL_BYTES, KERNEL_TOKENS, KERNEL_ROWS, KERNEL_GROUPS, KERNEL_STAGES>;
   extern __shared__ u8 memory[];
   const Weight w{planes, tables, scales, rows, row_tiles, column_tiles};
-  Kernel::run(*reinterpret_cast<typename Kernel::Shared*>(memory + (-shared_address(memory) & 4095)), w, images, y, tokens);
+  Kernel::run(*reinterpret_cast<typename Kernel::Shared*>(memory + (-shared_address(memory) & 4095)), w, images, y,
+              tokens);
 }
 #endif

@@ -1,5 +1,6 @@
-// y = x W' for a few tokens. A block takes row tiles one after another; its warps share the columns, and the numbers of W
-// never leave registers. Compiled at first use for one KERNEL_TYPE, KERNEL_BYTES, KERNEL_BITS, KERNEL_TILES (of 8 tokens).
+// y = x W' for a few tokens. A block takes row tiles one after another; its warps share the columns, and the numbers of
+// W never leave registers. Compiled at first use for one KERNEL_TYPE, KERNEL_BYTES, KERNEL_BITS, KERNEL_TILES (of 8
+// tokens).
 
 template <class T, int BITS, bool BYTES, int NT, int DEPTH, int kWarps>
 struct Gemv {
@@ -34,8 +35,8 @@ struct Gemv {
   };
 
   // x holds whole column tiles. Where `chosen` is given, only tokens of this precision are written.
-  static __device__ __forceinline__ void run(Shared& shared, const Weight& w, const u16* x, int x_stride, u16* y, int tokens,
-                                             const int* chosen) {
+  static __device__ __forceinline__ void run(Shared& shared, const Weight& w, const u16* x, int x_stride, u16* y,
+                                             int tokens, const int* chosen) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     Tiles ahead{w, int(blockIdx.x), warp, 0};
 #pragma unroll
@@ -48,7 +49,8 @@ struct Gemv {
     }
     after_previous_kernel();
     if constexpr (!BYTES) __syncthreads();
-    // lanes of no token hold anything: a column of B that is no token's makes a column of the product that is not written
+    // lanes of no token hold anything: a column of B that is no token's makes a column of the product that is not
+    // written
     const Vec4* in = reinterpret_cast<const Vec4*>(x + size_t(g) * x_stride + 8 * t);
     const int eight = x_stride;  // Vec4 between tokens 8 apart
     Book<T, BITS, BYTES> coming;
@@ -121,8 +123,8 @@ struct Gemv {
 
 #ifdef KERNEL_BITS
 extern "C" __global__ void __launch_bounds__(KERNEL_WARPS * 32, KERNEL_BLOCKS)
-    gemv(const Vec4* planes, const u32* tables, const float* scales, int rows, int row_tiles, int column_tiles, const u16* x,
-         int x_stride, u16* y, int tokens) {
+    gemv(const Vec4* planes, const u32* tables, const float* scales, int rows, int row_tiles, int column_tiles,
+         const u16* x, int x_stride, u16* y, int tokens) {
   using Kernel = Gemv<KERNEL_TYPE, KERNEL_BITS, KERNEL_BYTES, KERNEL_TILES, KERNEL_DEPTH, KERNEL_WARPS>;
   extern __shared__ u8 memory[];
   const Weight w{planes, tables, scales, rows, row_tiles, column_tiles};

@@ -21,13 +21,15 @@ struct Barrier {
   }
   __device__ __forceinline__ void wait(u32 parity) {  // until the phase of this parity has ended
     asm volatile(
-        "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::"r"(
-            shared_address(&state)),
+        "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::
+            "r"(shared_address(&state)),
         "r"(parity)
         : "memory");
   }
 };
-__device__ __forceinline__ void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 // Some of a block's threads, by the number of a hardware barrier (0 is __syncthreads).
 __device__ __forceinline__ void sync_some(int barrier, int threads) {
@@ -59,8 +61,8 @@ __device__ __forceinline__ u64 swizzled_rows(const void* start) {
 
 // Four 8x8 matrices of 16-bit numbers, held as mma fragments, stored transposed: lane 8m + r names row r of the m-th.
 __device__ __forceinline__ void store_transposed(void* row, u32 a, u32 b, u32 c, u32 d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(a),
-               "r"(b), "r"(c), "r"(d)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+               "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
 }
 

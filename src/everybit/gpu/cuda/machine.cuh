@@ -10,14 +10,16 @@ struct alignas(16) Vec4 {
   u32 x, y, z, w;
 };
 
-// Byte n of the result is the byte of {a, b} (a the low four) that nibble n of `sel` names; needs bit 3 of nibbles clear.
+// Byte n of the result is the byte of {a, b} (a the low four) that nibble n of `sel` names; needs bit 3 of nibbles
+// clear.
 __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 sel) {
   u32 d;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(sel));
   return d;
 }
 
-// Bits of a where `mask` is set, else of b; a & mask | ones; a ^ (b & mask). The compiler needs two instructions for each.
+// Bits of a where `mask` is set, else of b; a & mask | ones; a ^ (b & mask). The compiler needs two instructions for
+// each.
 __device__ __forceinline__ u32 select(u32 mask, u32 a, u32 b) {
   u32 d;
   asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(d) : "r"(a), "r"(b), "r"(mask));
@@ -42,7 +44,8 @@ __device__ __forceinline__ u32 upper_half(u32 a) {
 
 // Global to shared memory in the background, past L1; a thread may read what its own copies brought, by groups.
 __device__ __forceinline__ void copy_ahead(Vec4* to, const Vec4* from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))),
+               "l"(from));
 }
 __device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT>  // groups that may still be under way
@@ -85,7 +88,7 @@ __device__ __forceinline__ void after_previous_kernel() {
 #endif
 }
 
-struct F16 {  // two in a register
+struct F16 {                                                                                       // two in a register
   static __device__ __forceinline__ u32 magic_plus(u32 n) { return (0x6400u + n) * 0x00010001u; }  // 1024 + n, n < 1024
   static __device__ __forceinline__ u32 pair(float v) {
     u16 h;

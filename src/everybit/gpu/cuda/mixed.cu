@@ -17,8 +17,8 @@ struct Mixed {
   using Shared = typename Kernel<8>::Shared;
 
   template <int BITS>
-  static __device__ __forceinline__ void serve(void* memory, Weight w, const Precisions& all, const u16* x, int x_stride,
-                                               u16* y, int tokens, const int* chosen) {
+  static __device__ __forceinline__ void serve(void* memory, Weight w, const Precisions& all, const u16* x,
+                                               int x_stride, u16* y, int tokens, const int* chosen) {
     static_assert(sizeof(typename Kernel<BITS>::Shared) <= sizeof(Shared), "one memory for all");
     bool wanted = false;
     for (int token = 0; token < tokens; ++token) wanted |= chosen[token] == BITS;
@@ -27,8 +27,8 @@ struct Mixed {
     Kernel<BITS>::run(*static_cast<typename Kernel<BITS>::Shared*>(memory), w, x, x_stride, y, tokens, chosen);
     __syncthreads();
   }
-  static __device__ __forceinline__ void run(void* memory, const Weight& w, const Precisions& all, const u16* x, int x_stride,
-                                             u16* y, int tokens, const int* chosen) {
+  static __device__ __forceinline__ void run(void* memory, const Weight& w, const Precisions& all, const u16* x,
+                                             int x_stride, u16* y, int tokens, const int* chosen) {
     after_previous_kernel();
     serve<2>(memory, w, all, x, x_stride, y, tokens, chosen);
     serve<3>(memory, w, all, x, x_stride, y, tokens, chosen);
