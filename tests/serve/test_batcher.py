@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import everybit
 from everybit.engine.generate import generate
 from everybit.engine.runtime import Runtime
 from everybit.engine.sampling import Sampling
-from everybit.errors import PrecisionError, RequestError
+from everybit.errors import FormatError, PrecisionError, RequestError
 from everybit.serve.batcher import Batcher
 from everybit.serve.scheduler import Request
 
@@ -103,3 +105,43 @@ def test_refusals_leave_nothing_behind(runtime: Runtime) -> None:
         batcher.submit(Request(0, prompt(0, 90), 40, 4), GREEDY)
     batcher.submit(Request(0, prompt(0, 8), 4, 4), GREEDY)
     assert len(drain(batcher)[0]) == 4
+
+
+def test_a_step_that_fails_can_be_run_again(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two precisions the second fails: nothing is drawn for the first."""
+    cases = [(bits, prompt(bits, 8), bits) for bits in (3, 4)]
+    want = {id: alone(runtime, tokens, bits, DRAWN, 6) for id, tokens, bits in cases}
+    batcher = Batcher(runtime)
+    for id, tokens, bits in cases:
+        batcher.submit(Request(id, tokens, 6, bits), DRAWN)
+    run, found, failures = runtime.native.run, {3: [], 4: []}, 0
+
+    def fails(step: Any, bits: int) -> Any:
+        nonlocal failures
+        if bits == 4 and failures < 3:
+            failures += 1
+            raise FormatError("a file that shrank")
+        return run(step, bits)
+
+    monkeypatch.setattr(runtime.native, "run", fails)
+    while batcher.counts().running or batcher.counts().waiting:
+        try:
+            for event in batcher.step():
+                found[event.id].append(event.token)
+        except FormatError:
+            batcher.check()
+    assert failures == 3
+    assert found == want
+
+
+def test_no_token_to_choose_ends_one_request_alone(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher, run = Batcher(runtime), runtime.native.run
+    want = alone(runtime, prompt(3, 8), 3, GREEDY, 4)
+    for bits in (3, 4):
+        batcher.submit(Request(bits, prompt(bits, 8), 4, bits), GREEDY)
+    monkeypatch.setattr(runtime.native, "run", lambda step, bits: run(step, bits) * (np.nan if bits == 4 else 1))
+    first = batcher.step()
+    assert [(event.id, event.reason) for event in first] == [(3, ""), (4, "error")]
+    assert "holds a number that is not finite" in first[1].problem
+    assert [first[0].token, *drain(batcher)[3]] == want
+    batcher.check()

@@ -14,18 +14,24 @@ import numpy as np
 
 from everybit.engine.native import BLOCK_TOKENS, make_step
 from everybit.engine.runtime import Runtime, blocks_of
-from everybit.engine.sampling import Sampler, Sampling
+from everybit.engine.sampling import F32, Sampler, Sampling
+from everybit.errors import ModelError
 from everybit.serve.scheduler import Counts, Part, Request, Scheduler
 
 
 @dataclass(frozen=True)
 class Event:
-    """A token of a request and what it was computed with; `reason` where it was the last, which "stop" leaves out."""
+    """A token of a request and the precision it was computed at.
+
+    `reason` where the request has ended: at a stop token, which is left out, at its length, or because no token could
+    be chosen, and `problem` says why.
+    """
 
     id: Hashable
     token: int | None
     bits: Hashable
-    reason: Literal["", "stop", "length"]
+    reason: Literal["", "stop", "length", "error"]
+    problem: str = ""
 
 
 class Batcher:
@@ -67,28 +73,38 @@ class Batcher:
         self._scheduler.check()
 
     def step(self) -> list[Event]:
-        """Run what can run. An empty list where nothing is left, or where prompts are not through yet."""
+        """Run what can run. An empty list where nothing is left, or where prompts are not through yet.
+
+        Where the model itself fails nothing has happened: cancel what is to blame, or try again.
+        Raises: as Native.run
+        """
         parts = self._scheduler.next()
-        events: list[Event] = []
+        logits: dict[Hashable, F32] = {}
         for bits in dict.fromkeys(part.bits for part in parts):
-            events += self._run([part for part in parts if part.bits == bits], bits)
+            logits |= self._run([part for part in parts if part.bits == bits], bits)
+        events = [self._choose(part, logits[part.id]) for part in parts if part.samples]
         self._scheduler.done({event.id: event.token for event in events})
         for event in events:
             if event.reason:
                 del self._samplers[event.id]
         return events
 
-    def _run(self, parts: list[Part], bits: Hashable) -> list[Event]:
+    def _run(self, parts: list[Part], bits: Hashable) -> dict[Hashable, F32]:
+        """The logits f32[V] of the parts that sample."""
         pieces = [(np.asarray(p.tokens, np.int32), p.past, np.asarray(p.blocks, np.int32)) for p in parts]
         ends = np.cumsum([len(p.tokens) for p in parts]) - 1
         sampling = [i for i, p in enumerate(parts) if p.samples]
-        logits = self._runtime.native.run(make_step(pieces, [int(ends[i]) for i in sampling]), bits)  # type: ignore[arg-type]
-        return [self._choose(parts[i].id, row, bits) for i, row in zip(sampling, logits, strict=True)]
+        step = make_step(pieces, [int(ends[i]) for i in sampling])
+        rows = self._runtime.native.run(step, bits)  # type: ignore[arg-type]
+        return {parts[i].id: row for i, row in zip(sampling, rows, strict=True)}
 
-    def _choose(self, id: Hashable, logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]], bits: Hashable) -> Event:
-        sampler, stop_ids, left = self._samplers[id]
-        token = sampler.choose(logits).token
+    def _choose(self, part: Part, logits: F32) -> Event:
+        sampler, stop_ids, left = self._samplers[part.id]
+        try:
+            token = sampler.choose(logits).token
+        except ModelError as error:
+            return Event(part.id, None, part.bits, "error", str(error))
         if token in stop_ids:
-            return Event(id, None, bits, "stop")
-        self._samplers[id] = sampler, stop_ids, left - 1
-        return Event(id, token, bits, "length" if left == 1 else "")
+            return Event(part.id, None, part.bits, "stop")
+        self._samplers[part.id] = sampler, stop_ids, left - 1
+        return Event(part.id, token, part.bits, "length" if left == 1 else "")
