@@ -6,8 +6,9 @@ weights. One thread at a time; a server puts a queue before it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -16,7 +17,11 @@ from everybit.engine.native import BLOCK_TOKENS, make_step
 from everybit.engine.runtime import Runtime, blocks_of
 from everybit.engine.sampling import F32, Sampler, Sampling
 from everybit.errors import ModelError
+from everybit.serve.fluidity import Pace, Target
+from everybit.serve.precision import Auto, Costs, Ladder
 from everybit.serve.scheduler import Counts, Part, Request, Scheduler
+
+TARGET = Target(first_ns=1_000_000_000, gap_ns=100_000_000)  # a reader's pace: ten tokens a second
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,33 @@ class Event:
     problem: str = ""
 
 
-class Batcher:
-    """All KV blocks of `runtime` are shared by the requests; its own sequences are not to be used meanwhile."""
+@dataclass
+class _Stream:
+    sampler: Sampler
+    stop_ids: Collection[int]
+    left: int
+    auto: Auto | None
+    pace: Pace
 
-    def __init__(self, runtime: Runtime, *, budget: int = 512, most: int = 64, queue: int = 1024) -> None:
-        self._runtime = runtime
+
+class Batcher:
+    """All KV blocks of `runtime` are shared by the requests; its own sequences are not to be used meanwhile.
+
+    `target` is what every stream is held to, and what `auto` requests lower their precision for.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        budget: int = 512,
+        most: int = 64,
+        queue: int = 1024,
+        target: Target = TARGET,
+        clock: Callable[[], int] = time.perf_counter_ns,
+    ) -> None:
+        self._runtime, self._target, self._clock = runtime, target, clock
+        self._ladder, self._costs = Ladder(runtime.bits or (0,)), Costs()
         self._scheduler = Scheduler(
             blocks=blocks_of(runtime.context) * runtime.sequences,
             block_tokens=BLOCK_TOKENS,
@@ -47,22 +74,30 @@ class Batcher:
             most=min(most, budget, runtime.native.most_tokens),
             queue=queue,
         )
-        self._samplers: dict[Hashable, tuple[Sampler, Collection[int], int]] = {}
+        self._streams: dict[Hashable, _Stream] = {}
 
     def submit(self, request: Request, sampling: Sampling, stop_ids: Collection[int] = ()) -> None:
-        """Verifies what the precision needs, at its first use. Raises: RequestError, BusyError, PrecisionError"""
+        """Its `bits` are a precision, a plan or `Auto`. Verifies what a precision needs, at its first use.
+
+        Raises: RequestError, BusyError, PrecisionError
+        """
+        auto = request.bits if isinstance(request.bits, Auto) else None
+        if auto is not None:
+            request = replace(request, bits=self._ladder.within(auto))
         self._runtime.native.prepare(request.bits)  # type: ignore[arg-type]  # a precision or a plan
         self._scheduler.submit(request)
-        self._samplers[request.id] = Sampler(sampling, request.prompt), stop_ids, request.max_tokens
+        pace = Pace(self._target, self._clock())
+        self._streams[request.id] = _Stream(Sampler(sampling, request.prompt), stop_ids, request.max_tokens, auto, pace)
 
     def cancel(self, id: Hashable) -> bool:
         """Between steps. False where it has ended."""
-        self._samplers.pop(id, None)
+        self._streams.pop(id, None)
         return self._scheduler.cancel(id)
 
     def set_bits(self, id: Hashable, bits: Hashable) -> None:
-        """From the next step on. Raises: PrecisionError"""
+        """From the next step on; an `auto` request is one no longer. Raises: PrecisionError"""
         self._runtime.native.prepare(bits)  # type: ignore[arg-type]
+        self._streams[id].auto = None
         self._scheduler.set_bits(id, bits)
 
     def counts(self) -> Counts:
@@ -78,16 +113,38 @@ class Batcher:
         Where the model itself fails nothing has happened: cancel what is to blame, or try again.
         Raises: as Native.run
         """
+        self._choose_precision()
         parts = self._scheduler.next()
         logits: dict[Hashable, F32] = {}
         for bits in dict.fromkeys(part.bits for part in parts):
             logits |= self._run([part for part in parts if part.bits == bits], bits)
         events = [self._choose(part, logits[part.id]) for part in parts if part.samples]
         self._scheduler.done({event.id: event.token for event in events})
+        now = self._clock()
         for event in events:
+            self._streams[event.id].pace.token(now)
             if event.reason:
-                del self._samplers[event.id]
+                del self._streams[event.id]
         return events
+
+    def pace(self, id: Hashable) -> Pace:
+        """How a stream does against its target, while it is there."""
+        return self._streams[id].pace
+
+    def _choose_precision(self) -> None:
+        """One precision for all `auto` requests, within the bounds of each."""
+        autos = {id: stream for id, stream in self._streams.items() if stream.auto is not None}
+        if not autos:
+            return
+        room = min(stream.pace.due_ns for stream in autos.values()) - self._clock()
+        tokens = self._scheduler.counts().tokens_next
+        here, above = (self._costs.predict(bits, tokens) for bits in (self._ladder.bits, self._ladder.above))
+        self._ladder.step(room, here, above)
+        for id, stream in autos.items():
+            assert stream.auto is not None
+            bits = self._ladder.within(stream.auto)
+            self._runtime.native.prepare(bits)
+            self._scheduler.set_bits(id, bits)
 
     def _run(self, parts: list[Part], bits: Hashable) -> dict[Hashable, F32]:
         """The logits f32[V] of the parts that sample."""
@@ -95,16 +152,19 @@ class Batcher:
         ends = np.cumsum([len(p.tokens) for p in parts]) - 1
         sampling = [i for i, p in enumerate(parts) if p.samples]
         step = make_step(pieces, [int(ends[i]) for i in sampling])
+        begin = self._clock()
         rows = self._runtime.native.run(step, bits)  # type: ignore[arg-type]
+        if isinstance(bits, int):
+            self._costs.note(bits, sum(len(p.tokens) for p in parts), self._clock() - begin)
         return {parts[i].id: row for i, row in zip(sampling, rows, strict=True)}
 
     def _choose(self, part: Part, logits: F32) -> Event:
-        sampler, stop_ids, left = self._samplers[part.id]
+        stream = self._streams[part.id]
         try:
-            token = sampler.choose(logits).token
+            token = stream.sampler.choose(logits).token
         except ModelError as error:
             return Event(part.id, None, part.bits, "error", str(error))
-        if token in stop_ids:
+        if token in stream.stop_ids:
             return Event(part.id, None, part.bits, "stop")
-        self._samplers[part.id] = sampler, stop_ids, left - 1
-        return Event(part.id, token, part.bits, "length" if left == 1 else "")
+        stream.left -= 1
+        return Event(part.id, token, part.bits, "" if stream.left else "length")

@@ -71,6 +71,7 @@ class Counts:
     blocks_cached: int
     preempted: int  # since the beginning
     tokens_cached: int  # of prompts, not computed because they were cached
+    tokens_next: int  # at most so many are in the next step
 
 
 class Scheduler:
@@ -177,6 +178,7 @@ class Scheduler:
             blocks_cached=self._blocks.cached,
             preempted=self._preempted,
             tokens_cached=self._tokens_cached,
+            tokens_next=min(self._budget, sum(s.left for s in self._sequences.values())),
         )
 
     def check(self) -> None:

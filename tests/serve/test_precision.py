@@ -1,0 +1,137 @@
+"""`auto`: the arithmetic of deadlines, the ladder, and a burst on a model whose speed is known, in virtual time."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from everybit.engine.sampling import Sampling
+from everybit.errors import PrecisionError, RequestError
+from everybit.serve.batcher import Batcher
+from everybit.serve.fluidity import Pace, Target
+from everybit.serve.precision import Auto, Costs, Ladder
+from everybit.serve.scheduler import Request
+
+MS = 1_000_000
+
+
+def misses(times_ms: list[float], first: int = 300, gap: int = 30) -> Pace:
+    pace = Pace(Target(first * MS, gap * MS), 0)
+    for time in times_ms:
+        pace.token(int(time * MS))
+    return pace
+
+
+def test_a_stall_late_in_an_early_stream_is_forgiven_and_an_early_one_is_not() -> None:
+    """The example of ../shared/research/serving.md: 100 tokens at 20 ms, one stall of 900 ms."""
+
+    def stalled(at: int) -> Pace:
+        return misses([300 + 20 * i + (880 if i >= at else 0) for i in range(100)])
+
+    assert stalled(90).fluidity == 1
+    early = stalled(10)  # 90 ms in hand: 780 ms too late are 27 deadlines; the other 99 tokens are in time
+    assert (early.hits, early.misses) == (99, 27)
+    assert misses([]).fluidity == 0
+
+
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=60), st.integers(1, 99), st.integers(1, 99))
+def test_a_looser_target_is_never_missed_more(gaps: list[int], gap: int, more: int) -> None:
+    times = list(np.cumsum(gaps))
+    assert misses(times, 100, gap + more).misses <= misses(times, 100, gap).misses
+    assert misses(times, 100 + more, gap).misses <= misses(times, 100, gap).misses
+
+
+def test_costs_find_the_line_of_each_precision() -> None:
+    costs = Costs()
+    assert costs.predict(8, 10) == 0
+    for tokens in (1, 4, 1, 9, 2, 30):
+        costs.note(8, tokens, 1000 + 50 * tokens)
+        costs.note(4, tokens, 500 + 20 * tokens)
+    assert costs.predict(8, 12) == pytest.approx(1600)
+    assert costs.predict(4, 12) == pytest.approx(740)
+    assert costs.predict(3, 12) == pytest.approx(740 * 3 / 4)  # not tried: its share of the nearest
+    steady = Costs()
+    for _ in range(50):
+        steady.note(4, 7, 900)  # one point makes no line
+    assert steady.predict(4, 7) == pytest.approx(900)
+
+
+def test_the_ladder_goes_down_at_once_and_up_after_a_while() -> None:
+    ladder = Ladder((3, 4, 8), dwell=3, margin=1.25)
+    assert ladder.step(100, 101, 101) == 4
+    assert ladder.step(100, 101, 200) == 3
+    assert ladder.step(-5, 101, 200) == 3
+    assert [ladder.step(100, 50, 80) for _ in range(3)] == [3, 3, 4]
+    assert [ladder.step(100, 50, 81) for _ in range(9)] == [4] * 9  # 81 * 1.25 is too much
+    assert [ladder.step(*s) for s in [(100, 50, 80)] * 2 + [(100, 50, 90)] + [(100, 50, 80)] * 3] == [4, 4, 4, 4, 4, 8]
+
+
+def test_bounds_of_a_request() -> None:
+    ladder = Ladder((3, 4, 6, 8))
+    assert [ladder.within(Auto(*a)) for a in ((2, 8), (3, 5), (5, 7), (8, 8))] == [8, 4, 6, 8]
+    for _ in range(9):
+        ladder.step(0, 1, 1)
+    assert [ladder.within(Auto(*a)) for a in ((2, 8), (4, 5), (5, 7), (8, 8))] == [3, 4, 6, 8]
+    with pytest.raises(PrecisionError, match="auto from 5 to 5 bits arrived, the overlay has 3, 4, 6, 8"):
+        ladder.within(Auto(5, 5))
+    for wrong in (lambda: Ladder(()), lambda: Ladder((3,), dwell=0), lambda: Ladder((3,), margin=0.5)):
+        with pytest.raises(PrecisionError):
+            wrong()
+    with pytest.raises(RequestError):
+        Target(0, 1)
+
+
+class Model:
+    """A step takes bits * (1 ms + 0.15 ms for each token). Its next token is always 1."""
+
+    def __init__(self) -> None:
+        self.now, self.used = 0, {}
+        self.bits, self.context, self.sequences = (3, 4, 6, 8), 128, 64
+        self.native = SimpleNamespace(prepare=lambda bits: None, run=self.run, most_tokens=512)
+
+    def run(self, step: Any, bits: int) -> Any:
+        tokens = len(step.tokens)
+        self.now += int(bits * (1 + 0.15 * tokens) * MS)
+        self.used[bits] = self.used.get(bits, 0) + tokens
+        logits = np.zeros((len(step.rows), 4), np.float32)
+        logits[:, 1] = 9
+        return logits
+
+
+def burst(bits: Any) -> tuple[int, Model, list[int]]:
+    """20 s at twice what 8 bits can do, then 20 s at a tenth of it: 30 tokens in, 50 out, due every 20 ms."""
+    model = Model()
+    batcher = Batcher(model, budget=64, most=64, target=Target(300 * MS, 20 * MS), clock=lambda: model.now)  # type: ignore[arg-type]
+    arrivals = [i * 1000 * MS // 14 for i in range(14 * 20)] + [20_000 * MS + i * 1500 * MS for i in range(14)]
+    paces, missed, last = {}, 0, []
+    while arrivals or paces:
+        if not paces and arrivals[0] > model.now:
+            model.now = arrivals[0]
+        while arrivals and arrivals[0] <= model.now:
+            id = arrivals.pop(0)
+            batcher.submit(Request(id, tuple(range(1, 31)), 50, bits), Sampling(temperature=0))
+            paces[id] = batcher.pace(id)
+        for event in batcher.step():
+            if model.now > 38_000 * MS:
+                last.append(event.bits)
+            if event.reason:
+                missed += paces.pop(event.id).misses
+    return missed, model, last
+
+
+def test_a_burst_lowers_the_precision_instead_of_missing_deadlines() -> None:
+    fixed, model, _ = burst(8)
+    assert set(model.used) == {8}
+    auto, model, last = burst(Auto(3, 8))
+    assert fixed > 1000
+    assert auto <= fixed / 10
+    assert min(model.used) < 8
+    assert set(last) == {8}  # and it came back
+    bounded, model, _ = burst(Auto(6, 8))
+    assert set(model.used) <= {6, 8}
+    assert auto <= bounded < fixed
