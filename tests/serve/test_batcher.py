@@ -13,7 +13,7 @@ import everybit
 from everybit.engine.generate import generate
 from everybit.engine.runtime import Runtime
 from everybit.engine.sampling import Sampling
-from everybit.errors import FormatError, PrecisionError, RequestError
+from everybit.errors import FormatError, ModelError, PrecisionError, RequestError
 from everybit.serve.batcher import Batcher
 from everybit.serve.scheduler import Request
 
@@ -103,6 +103,11 @@ def test_refusals_leave_nothing_behind(runtime: Runtime) -> None:
         batcher.submit(Request(0, prompt(0, 8), 4, 5), GREEDY)
     with pytest.raises(RequestError, match="the context is 96"):
         batcher.submit(Request(0, prompt(0, 90), 40, 4), GREEDY)
+    for tokens in ((-5, 3), (3, 10**6), (3, 2**40)):
+        with pytest.raises(ModelError, match=r"the model knows 0 to|expected a list"):
+            batcher.submit(Request(0, tokens, 4, 4), GREEDY)
+    assert batcher.counts().waiting == 0
+    assert not batcher.set_bits(0, 4)
     batcher.submit(Request(0, prompt(0, 8), 4, 4), GREEDY)
     assert len(drain(batcher)[0]) == 4
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -113,6 +114,118 @@ def test_every_text_is_what_it_is_alone_and_no_block_is_lost(data: st.DataObject
     bits = {r.id: r.bits for r in requests}
     assert all(part.bits == bits[part.id] for parts in steps for part in parts)
     assert scheduler.counts().blocks_available == blocks
+
+
+@settings(max_examples=150)
+@given(st.integers(0, 2**32))
+def test_whatever_comes_when_it_comes(seed: int) -> None:
+    """Late arrivals, changes of precision, cancellations, steps that fail.
+
+    Every slot that is read was written by the same tenant for the same beginning and, where nothing changed, at the
+    same precision; no slot is written twice in a step.
+    """
+    r = Random(seed)
+    blocks, most = r.randint(4, 14), r.randint(1, 4)
+    budget = r.randint(most, 20)
+    scheduler = Scheduler(blocks=blocks, block_tokens=SIZE, context=SIZE * blocks, budget=budget, most=most)
+    beginning = [r.randint(0, 2) for _ in range(10)]
+    texts: dict[Hashable, list[int]] = {}
+    requests: dict[Hashable, Request] = {}
+    slots: dict[tuple[int, int], tuple[Hashable, frozenset[Hashable], tuple[int, ...]]] = {}
+    bits: dict[Hashable, int] = {}
+    changed, arrived = set(), 0
+    for _ in range(600):
+        if arrived < 14 and r.random() < 0.4:
+            prompt = beginning[: r.randint(1, 10)] + [r.randint(0, 2) for _ in range(r.randint(0, 4))]
+            more = min(SIZE * blocks - len(prompt), r.randint(1, 20))
+            if more > 0:
+                new = request(arrived, prompt, more, r.choice([3, 4]), tenant=r.choice("ab"), priority=r.randint(0, 2))
+                scheduler.submit(new)
+                texts[arrived], requests[arrived], bits[arrived] = list(prompt), new, new.bits
+            arrived += 1
+        if requests and r.random() < 0.1:
+            id = r.choice(list(requests))
+            bits[id] = r.choice([3, 4])
+            assert scheduler.set_bits(id, bits[id])
+            changed.add(id)
+        if requests and r.random() < 0.05:
+            id = r.choice(list(requests))
+            assert scheduler.cancel(id)
+            del requests[id]
+        parts = scheduler.next()
+        scheduler.check()
+        assert bool(parts) == bool(requests)
+        assert len(parts) <= most
+        assert sum(len(p.tokens) for p in parts) <= budget
+        places = {p.id: [(p.blocks[i // SIZE], i % SIZE) for i in range(p.past + len(p.tokens))] for p in parts}
+        written = [slot for p in parts for slot in places[p.id][p.past :]]
+        assert len(set(written)) == len(written)
+        for p in parts:
+            assert p.bits == bits[p.id]
+            for i, slot in enumerate(places[p.id][: p.past]):
+                tenant, by, text = slots[slot]
+                assert slot not in written
+                assert (tenant, text) == (requests[p.id].tenant, tuple(texts[p.id][: i + 1]))
+                assert p.id in changed or by == {p.bits}
+        if r.random() < 0.1:
+            continue  # the step failed
+        for p in parts:
+            by = slots[places[p.id][p.past - 1]][1] if p.past else frozenset()
+            for i in range(p.past, p.past + len(p.tokens)):
+                slots[places[p.id][i]] = requests[p.id].tenant, by | {p.bits}, tuple(texts[p.id][: i + 1])
+        sampled: dict[Hashable, int | None] = {p.id: follow(texts[p.id]) for p in parts if p.samples}
+        for id, token in sampled.items():
+            assert token is not None
+            texts[id].append(token)
+        scheduler.done(sampled)
+        scheduler.check()
+        for id in [i for i in requests if len(texts[i]) == len(requests[i].prompt) + requests[i].max_tokens]:
+            assert texts[id] == alone(requests.pop(id))
+        if arrived >= 14 and not requests:
+            break
+    assert not requests
+    assert scheduler.counts().blocks_available == blocks
+
+
+def test_small_requests_do_not_overtake_a_large_one_that_waits() -> None:
+    scheduler, memory = Scheduler(blocks=8, block_tokens=SIZE, context=32, budget=16, most=4), Memory()
+    texts = {"runs": [1] * 16, "large": [2] * 24, "small": [0] * 2}
+    scheduler.submit(request("runs", texts["runs"], 8))
+    step(scheduler, memory, texts)
+    scheduler.submit(request("large", texts["large"], 2))
+    scheduler.submit(request("small", texts["small"], 2))
+    assert [p.id for p in step(scheduler, memory, texts)] == ["runs"]
+
+
+def test_the_whole_context_can_be_used() -> None:
+    scheduler = Scheduler(blocks=99, block_tokens=SIZE, context=20)
+    with pytest.raises(RequestError, match="the context is 20"):
+        scheduler.submit(request(0, [1] * 17, 4))
+    texts, _ = run_all(scheduler, [request(0, [1] * 17, 3)], Memory())
+    assert len(texts[0]) == 20
+
+
+def test_an_id_that_comes_again_is_another_request() -> None:
+    scheduler, memory = Scheduler(blocks=8, block_tokens=SIZE, context=32), Memory()
+    scheduler.submit(request(0, [1] * 5, 1))
+    sampled = memory.run(scheduler.next(), {0: [1] * 5})
+    scheduler.cancel(0)
+    scheduler.submit(request(0, [2] * 5))
+    scheduler.done(sampled)  # the last token of the request before
+    assert run_all_of(scheduler, memory, {0: [2] * 5}) == {0: alone(request(0, [2] * 5))}
+
+
+def test_tenants_that_left_are_forgotten() -> None:
+    scheduler = Scheduler(blocks=8, block_tokens=SIZE, context=32)
+    for tenant in range(100):
+        run_all(scheduler, [request(0, [1] * 9, tenant=tenant)], Memory())
+    assert len(scheduler._blocks._roots) == len(scheduler._blocks._keys) <= 8
+
+
+def run_all_of(scheduler: Scheduler, memory: Memory, texts: dict[Hashable, list[int]]) -> dict[Hashable, list[int]]:
+    while step(scheduler, memory, texts):
+        pass
+    return texts
 
 
 def step(scheduler: Scheduler, memory: Memory, texts: dict[Hashable, list[int]]) -> tuple[Part, ...]:

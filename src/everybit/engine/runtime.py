@@ -134,7 +134,7 @@ class Runtime:
         Raises:  ContextError, PrecisionError, FormatError (a plan for another overlay), ModelError (token ids
                  outside the vocabulary, no tokens)
         """
-        ids = self._check_tokens(tokens)
+        ids = self.check_tokens(tokens)
         self._check_room(sequence, len(ids))
         logits: F32 = np.empty((0, self.vocabulary), np.float32)
         parts = self._parts(ids)
@@ -148,7 +148,7 @@ class Runtime:
 
         Each piece is computed when it is asked for; what is appended to the sequence meanwhile comes before it.
         """
-        ids = self._check_tokens(tokens)
+        ids = self.check_tokens(tokens)
         self._check_room(sequence, len(ids))
         return (self._run([(part, sequence)], range(len(part)), bits) for part in self._parts(ids))
 
@@ -158,7 +158,7 @@ class Runtime:
         Shapes: -> logits f32[len(tokens), V]
         Raises: as prefill
         """
-        ids = self._check_tokens(tokens)
+        ids = self.check_tokens(tokens)
         if len(ids) > self.sequences:
             raise ModelError(f"{len(ids)} tokens arrived, expected one for each of up to {self.sequences} sequences")
         for sequence in range(len(ids)):
@@ -209,7 +209,8 @@ class Runtime:
         first = sequence * self._blocks_each
         return np.arange(first, first + blocks_of(self.lengths[sequence] + new), dtype=np.int32)
 
-    def _check_tokens(self, tokens: Sequence[int]) -> Ints:
+    def check_tokens(self, tokens: Sequence[int]) -> Ints:
+        """`tokens` as the native side takes them, which looks at them no more. Raises: ModelError"""
         try:
             ids = np.asarray(tokens)
         except (ValueError, OverflowError):

@@ -7,16 +7,18 @@ weights. One thread at a time; a server puts a queue before it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from everybit.engine.generate import choose_bits
 from everybit.engine.native import BLOCK_TOKENS, make_step
+from everybit.engine.plan import Precision
 from everybit.engine.runtime import Runtime, blocks_of
 from everybit.engine.sampling import F32, Sampler, Sampling
-from everybit.errors import ModelError
+from everybit.errors import ModelError, PrecisionError
 from everybit.serve.fluidity import Pace, Target
 from everybit.serve.precision import Auto, Costs, Ladder
 from everybit.serve.scheduler import Counts, Part, Request, Scheduler
@@ -79,26 +81,41 @@ class Batcher:
     def submit(self, request: Request, sampling: Sampling, stop_ids: Collection[int] = ()) -> None:
         """Its `bits` are a precision, a plan or `Auto`. Verifies what a precision needs, at its first use.
 
-        Raises: RequestError, BusyError, PrecisionError
+        Raises: RequestError, BusyError, PrecisionError, ModelError (tokens), FormatError, ChecksumError
         """
+        self._runtime.check_tokens(request.prompt)
         auto = request.bits if isinstance(request.bits, Auto) else None
+        if auto is not None and not self._runtime.bits:
+            raise PrecisionError("auto was asked of float weights, which have one precision: leave bits out")
+        needed: list[Precision] = [choose_bits(self._runtime, request.bits)] if auto is None else []  # type: ignore[arg-type]
         if auto is not None:
+            needed += self._ladder.allowed(auto)
             request = replace(request, bits=self._ladder.within(auto))
-        self._runtime.native.prepare(request.bits)  # type: ignore[arg-type]  # a precision or a plan
-        self._scheduler.submit(request)
         pace = Pace(self._target, self._clock())
-        self._streams[request.id] = _Stream(Sampler(sampling, request.prompt), stop_ids, request.max_tokens, auto, pace)
+        stream = _Stream(Sampler(sampling, request.prompt), stop_ids, request.max_tokens, auto, pace)
+        self._scheduler.submit(request)
+        try:
+            for bits in needed:
+                self._runtime.native.prepare(bits)
+        except BaseException:
+            self._scheduler.cancel(request.id)
+            raise
+        self._streams[request.id] = stream
 
     def cancel(self, id: Hashable) -> bool:
         """Between steps. False where it has ended."""
         self._streams.pop(id, None)
         return self._scheduler.cancel(id)
 
-    def set_bits(self, id: Hashable, bits: Hashable) -> None:
-        """From the next step on; an `auto` request is one no longer. Raises: PrecisionError"""
-        self._runtime.native.prepare(bits)  # type: ignore[arg-type]
-        self._streams[id].auto = None
-        self._scheduler.set_bits(id, bits)
+    def set_bits(self, id: Hashable, bits: Precision) -> bool:
+        """From the next step on; an `auto` request is one no longer. False where it has ended.
+
+        Raises: PrecisionError, FormatError, ChecksumError
+        """
+        self._runtime.native.prepare(choose_bits(self._runtime, bits))
+        if id in self._streams:
+            self._streams[id].auto = None
+        return self._scheduler.set_bits(id, bits)
 
     def counts(self) -> Counts:
         return self._scheduler.counts()
@@ -113,7 +130,6 @@ class Batcher:
         Where the model itself fails nothing has happened: cancel what is to blame, or try again.
         Raises: as Native.run
         """
-        self._choose_precision()
         parts = self._scheduler.next()
         logits: dict[Hashable, F32] = {}
         for bits in dict.fromkeys(part.bits for part in parts):
@@ -125,26 +141,39 @@ class Batcher:
             self._streams[event.id].pace.token(now)
             if event.reason:
                 del self._streams[event.id]
+        self._choose_precision(parts)
         return events
 
     def pace(self, id: Hashable) -> Pace:
         """How a stream does against its target, while it is there."""
         return self._streams[id].pace
 
-    def _choose_precision(self) -> None:
-        """One precision for all `auto` requests, within the bounds of each."""
-        autos = {id: stream for id, stream in self._streams.items() if stream.auto is not None}
+    def _choose_precision(self, parts: Sequence[Part]) -> None:
+        """For the next step: one rung for all `auto` requests, within the bounds of each.
+
+        The next step is taken to be like the last, `parts`. A request that waits counts while it can still be in time.
+        """
+        autos = {id: stream.auto for id, stream in self._streams.items() if stream.auto is not None}
         if not autos:
             return
-        room = min(stream.pace.due_ns for stream in autos.values()) - self._clock()
-        tokens = self._scheduler.counts().tokens_next
-        here, above = (self._costs.predict(bits, tokens) for bits in (self._ladder.bits, self._ladder.above))
-        self._ladder.step(room, here, above)
-        for id, stream in autos.items():
-            assert stream.auto is not None
-            bits = self._ladder.within(stream.auto)
-            self._runtime.native.prepare(bits)
-            self._scheduler.set_bits(id, bits)
+        bounds = Auto(min(a.floor for a in autos.values()), max(a.ceiling for a in autos.values()))
+        ran, now = {part.id for part in parts}, self._clock()
+        lowest = self._predict(parts, autos, bounds.floor)
+        rooms = [self._streams[id].pace.due_ns - now for id in autos if id in ran]
+        rooms += [room for id in autos if id not in ran and (room := self._streams[id].pace.due_ns - now) >= lowest]
+        if rooms:
+            here, above = (self._predict(parts, autos, bits) for bits in (self._ladder.bits, self._ladder.above))
+            self._ladder.step(min(rooms), here, above, bounds)
+        for id, auto in autos.items():
+            self._scheduler.set_bits(id, self._ladder.within(auto))
+
+    def _predict(self, parts: Sequence[Part], autos: Mapping[Hashable, Auto], rung: int) -> float:
+        """Nanoseconds of a step of these parts, one pass for each precision, with `auto` requests at `rung`."""
+        tokens: dict[Hashable, int] = {}
+        for part in parts:
+            bits = self._ladder.within(autos[part.id], rung) if part.id in autos else part.bits
+            tokens[bits] = tokens.get(bits, 0) + len(part.tokens)
+        return sum(self._costs.predict(bits, n) for bits, n in tokens.items() if isinstance(bits, int))
 
     def _run(self, parts: list[Part], bits: Hashable) -> dict[Hashable, F32]:
         """The logits f32[V] of the parts that sample."""

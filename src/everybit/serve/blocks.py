@@ -18,7 +18,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(eq=False)
 class Node:
-    """One cached block; the root of a (tenant, precision) has none."""
+    """One cached block. The root of a (tenant, precision) has none, and its `holders` are the open paths."""
 
     parent: Node | None
     tokens: Tokens
@@ -34,6 +34,7 @@ class Blocks:
         self.total, self.size = total, size
         self._free = list(range(total - 1, -1, -1))
         self._roots: dict[Hashable, Node] = {}
+        self._keys: dict[Node, Hashable] = {}  # of the roots
         # Nodes that nobody holds, the longest unused first. A node comes before its parent, which is let go after it.
         self._unused: OrderedDict[Node, None] = OrderedDict()
 
@@ -59,13 +60,29 @@ class Blocks:
         node, _ = self._unused.popitem(last=False)
         assert node.parent is not None
         del node.parent.children[node.tokens]
+        self._forget(node.parent)
         return node.block
 
     def give(self, block: int) -> None:
         self._free.append(block)
 
     def root(self, key: Hashable) -> Node:
-        return self._roots.setdefault(key, Node(None, (), -1))
+        """To begin a path at, until `leave_root`."""
+        root = self._roots.get(key)
+        if root is None:
+            root = self._roots[key] = Node(None, (), -1)
+            self._keys[root] = key
+        root.holders += 1
+        return root
+
+    def leave_root(self, root: Node) -> None:
+        root.holders -= 1
+        self._forget(root)
+
+    def _forget(self, node: Node) -> None:
+        """A root that leads nowhere and that nobody uses."""
+        if node.parent is None and not node.children and not node.holders:
+            self._roots.pop(self._keys.pop(node), None)
 
     def hold(self, node: Node) -> None:
         if node.holders == 0:
@@ -150,6 +167,8 @@ class Path:
             self._blocks.give(block)
         for node in reversed(self.nodes):
             self._blocks.let_go(node)
+        if self._root is not None:
+            self._blocks.leave_root(self._root)
         self.own, self.nodes, self._root = [], [], None
 
     def _edge(self, tokens: Sequence[int]) -> Tokens:

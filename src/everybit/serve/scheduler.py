@@ -19,7 +19,9 @@ from everybit.serve.blocks import Blocks, Path
 class Request:
     """What a client asks for. `bits` is whatever names a precision; cached text is shared within `tenant` only.
 
-    A smaller `priority` and an earlier `deadline` go first; the deadline is any number that grows with time.
+    A smaller `priority`, then an earlier `deadline`, is admitted first and put back last; the deadline is any number
+    that grows with time. Neither takes the turn of what is running already. They are for the operator to set: whoever
+    has them can keep others waiting for ever.
     """
 
     id: Hashable
@@ -54,6 +56,7 @@ class _Sequence:
     computed: int = 0  # tokens in the KV cache
     pure: int = 0  # of these, the leading ones that `key_bits` wrote
     running: bool = False
+    started: bool = False
 
     @property
     def left(self) -> int:
@@ -68,10 +71,9 @@ class Counts:
     running: int
     blocks: int
     blocks_available: int
-    blocks_cached: int
+    blocks_cached: int  # and held by nobody
     preempted: int  # since the beginning
-    tokens_cached: int  # of prompts, not computed because they were cached
-    tokens_next: int  # at most so many are in the next step
+    tokens_cached: int  # not computed (again) because they were cached
 
 
 class Scheduler:
@@ -91,15 +93,17 @@ class Scheduler:
         self._context, self._budget, self._most, self._queue = context, budget, most, queue
         self._sequences: dict[Hashable, _Sequence] = {}
         self._arrivals = self._preempted = self._tokens_cached = 0
-        self._batch: tuple[Part, ...] = ()
+        self._batch: list[tuple[_Sequence, Part]] = []
 
     def submit(self, request: Request) -> None:
         """Raises: RequestError where it can never run, with the arithmetic; BusyError where the queue is full"""
         if request.id in self._sequences:
             raise RequestError("id", f"{request.id!r} is in use: give every request its own")
         prompt, more = len(request.prompt), request.max_tokens
-        if not prompt or more < 1:
+        if not prompt or not isinstance(more, int) or more < 1:
             raise RequestError("prompt", f"{prompt} tokens and max_tokens {more}: expected at least 1 of each")
+        if request.deadline != request.deadline:
+            raise RequestError("deadline", "not a number arrived, expected a time")
         # The last token is never computed: nothing follows it.
         blocks = -(-(prompt + more - 1) // self._blocks.size)
         if prompt + more > self._context or blocks > self._blocks.total:
@@ -108,7 +112,7 @@ class Scheduler:
                 f"a prompt of {prompt} tokens and {more} more are {prompt + more} tokens in {blocks} KV blocks of "
                 f"{self._blocks.size}; the context is {self._context} tokens and there are {self._blocks.total} blocks",
             )
-        waiting = sum(not s.running for s in self._sequences.values())
+        waiting = sum(not s.started for s in self._sequences.values())
         if waiting >= self._queue:
             raise BusyError(f"{waiting} requests wait, the most is {self._queue}: try again later")
         rank = (request.priority, request.deadline, self._arrivals)
@@ -116,18 +120,24 @@ class Scheduler:
         self._sequences[request.id] = _Sequence(request, rank, self._blocks.path(), list(request.prompt), request.bits)
 
     def cancel(self, id: Hashable) -> bool:
-        """Its blocks are free before the next step. False where no such request is there (any more)."""
+        """Its blocks are free at once: not while a step runs. False where no such request is there (any more)."""
         sequence = self._sequences.pop(id, None)
         if sequence is not None:
             sequence.path.close()
         return sequence is not None
 
-    def set_bits(self, id: Hashable, bits: Hashable) -> None:
-        """From the next step on. What is in the KV cache stays as it was written; it is shared no further."""
-        self._sequences[id].bits = bits
+    def set_bits(self, id: Hashable, bits: Hashable) -> bool:
+        """From the next step on. What is in the KV cache stays as it was written; it is shared no further.
+
+        False where no such request is there (any more).
+        """
+        sequence = self._sequences.get(id)
+        if sequence is not None:
+            sequence.bits = bits
+        return sequence is not None
 
     def next(self) -> tuple[Part, ...]:
-        """What to run now; empty where nothing is there. `done` must follow before the next call."""
+        """What to run now; empty where nothing is there. Called again without `done`, the step counts as not run."""
         ranked = sorted(self._sequences.values(), key=lambda s: s.rank)
         running = [s for s in ranked if s.running]
         parts: list[Part] = []
@@ -143,30 +153,29 @@ class Scheduler:
                 break  # those behind it wait too: small ones do not overtake for ever
             running.append(sequence)
             parts += self._part(sequence, budget, running, parts)
-        self._batch = tuple(parts)
-        return self._batch
+        self._batch = [(self._sequences[part.id], part) for part in parts]
+        return tuple(parts)
 
     def done(self, sampled: Mapping[Hashable, int | None]) -> None:
         """What the last `next` led to: for each part that samples a token, or None where its sequence has ended.
 
         A sequence also ends, by itself, at its max_tokens: give its last token, it is not asked for another.
         """
-        for part in self._batch:
-            sequence = self._sequences.get(part.id)
-            if sequence is None:
-                continue  # cancelled meanwhile
+        batch, self._batch = [(q, p) for q, p in self._batch if self._sequences.get(p.id) is q], []  # others: cancelled
+        tokens = {part.id: sampled[part.id] for _, part in batch if part.samples}
+        for sequence, part in batch:
             if sequence.computed == sequence.pure and part.bits == sequence.key_bits:
                 sequence.pure += len(part.tokens)
             sequence.computed += len(part.tokens)
-            sequence.path.share(sequence.tokens[: sequence.pure])
+            if sequence.pure // self._blocks.size > len(sequence.path.nodes):
+                sequence.path.share(sequence.tokens[: sequence.pure])
             if part.samples:
-                token = sampled[part.id]
+                token = tokens[part.id]
                 if token is not None:
                     sequence.tokens.append(token)
                 generated = len(sequence.tokens) - len(sequence.request.prompt)
                 if token is None or generated >= sequence.request.max_tokens:
                     self.cancel(part.id)
-        self._batch = ()
 
     def counts(self) -> Counts:
         running = sum(s.running for s in self._sequences.values())
@@ -178,7 +187,6 @@ class Scheduler:
             blocks_cached=self._blocks.cached,
             preempted=self._preempted,
             tokens_cached=self._tokens_cached,
-            tokens_next=min(self._budget, sum(s.left for s in self._sequences.values())),
         )
 
     def check(self) -> None:
@@ -194,7 +202,8 @@ class Scheduler:
         if needed > self._blocks.available:
             self._leave(sequence)
             return False
-        sequence.running, sequence.key_bits = True, sequence.bits
+        sequence.running = sequence.started = True
+        sequence.key_bits = sequence.bits
         self._tokens_cached += sequence.computed
         return True
 
