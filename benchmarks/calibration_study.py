@@ -12,10 +12,7 @@ card of medians over seeds, `:plain` where tables are not tuned, then one JSON l
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,9 +21,7 @@ from typing import Any
 
 import everybit
 from everybit import evaluate
-from everybit.formats.files import read_inside
-from everybit.tokenizer import Tokenizer
-from solver_quality import BITS, overlays, score, show
+from solver_quality import BITS, add_arguments, as_json, overlays, score, show, texts
 
 SOURCES = "none,text,self,random"
 
@@ -44,33 +39,14 @@ def runs(args: argparse.Namespace, calibration: Path) -> Iterator[tuple[str, tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, help="scored")
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--documents", type=Path, help="one text for both, instead of the two above")
     parser.add_argument("--sources", default=SOURCES)
-    parser.add_argument("--bits", type=lambda text: tuple(int(b) for b in text.split(",")), default=BITS)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--sequences", type=int, default=128, help="calibration windows")
-    parser.add_argument("--length", type=int, default=512, help="of each, in tokens")
-    parser.add_argument("--tune-steps", type=int, default=60)
-    parser.add_argument("--max-tokens", type=int, default=24_000)
-    parser.add_argument("--threads", type=int, default=0)
+    add_arguments(parser, tune_steps=60)
     args = parser.parse_args()
 
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        calibration, scored = args.calibration, args.text
-        if args.documents:
-            documents = evaluate.read_documents(args.documents)
-            calibration, scored = work / "calibration.txt", work / "scored.txt"
-            calibration.write_text("\n<|endoftext|>\n".join(documents[: len(documents) * 6 // 10]))
-            scored.write_text("\n<|endoftext|>\n".join(documents[len(documents) * 8 // 10 :]))
-        context = min(512, evaluate.context_length(json.loads(read_inside(args.model, "config.json"))))
-        windows = evaluate.windows(
-            Tokenizer.open(args.model), evaluate.read_documents(scored), context, max_tokens=args.max_tokens
-        )
+        calibration, windows, context = texts(args, work)
         with evaluate.EngineModel.open(args.model, context, threads=args.threads) as reference:
             for name, bits, options in runs(args, calibration):
                 kept = {} if options["calibration"] == "none" else {"statistics": work / "statistics"}
@@ -86,9 +62,7 @@ def main() -> None:
                     shutil.rmtree(out)
                 if {row["bits"] for row in rows if row["method"] == name} == set(args.bits):
                     show(name, rows)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    found = {"model": args.model.name, "tokens": windows.tokens, "command": " ".join(sys.argv), "commit": commit}
-    print(json.dumps({**found, "rows": rows}))
+    print(as_json(args, windows, rows))
 
 
 if __name__ == "__main__":

@@ -60,32 +60,13 @@ def overlays(method: str, args: argparse.Namespace) -> list[tuple[tuple[int, ...
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, help="scored")
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--documents", type=Path, help="one text for both, instead of the two above")
     parser.add_argument("--methods", default=METHODS)
-    parser.add_argument("--bits", type=lambda text: tuple(int(b) for b in text.split(",")), default=BITS)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--sequences", type=int, default=128, help="calibration windows")
-    parser.add_argument("--length", type=int, default=512, help="of each, in tokens")
-    parser.add_argument("--tune-steps", type=int, default=120)
-    parser.add_argument("--max-tokens", type=int, default=24_000)
-    parser.add_argument("--threads", type=int, default=0)
+    add_arguments(parser, tune_steps=120)
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        calibration, scored = args.calibration, args.text
-        if args.documents:
-            documents = evaluate.read_documents(args.documents)
-            calibration, scored = work / "calibration.txt", work / "scored.txt"
-            calibration.write_text("\n<|endoftext|>\n".join(documents[: len(documents) * 6 // 10]))
-            scored.write_text("\n<|endoftext|>\n".join(documents[len(documents) * 8 // 10 :]))
-        context = min(512, evaluate.context_length(json.loads(read_inside(args.model, "config.json"))))
-        windows = evaluate.windows(
-            Tokenizer.open(args.model), evaluate.read_documents(scored), context, max_tokens=args.max_tokens
-        )
+        calibration, windows, context = texts(args, work)
         rows: list[dict[str, Any]] = []
         with evaluate.EngineModel.open(args.model, context, threads=args.threads) as reference:
             for method in args.methods.split(","):
@@ -102,13 +83,43 @@ def main() -> None:
                         rows += score(out, bits, windows, reference, context, args.threads, method, seed, took_s)
                         subprocess.run(["rm", "-r", str(out)], check=True)
                 show(method, rows)
+    print(as_json(args, windows, rows))
+
+
+def add_arguments(parser: argparse.ArgumentParser, tune_steps: int) -> None:
+    """What a study of solvers is told: the model, its texts, how much of them."""
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, help="scored")
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--documents", type=Path, help="one text for both, instead of the two above")
+    parser.add_argument("--bits", type=lambda text: tuple(int(b) for b in text.split(",")), default=BITS)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--sequences", type=int, default=128, help="calibration windows")
+    parser.add_argument("--length", type=int, default=512, help="of each, in tokens")
+    parser.add_argument("--tune-steps", type=int, default=tune_steps)
+    parser.add_argument("--max-tokens", type=int, default=24_000)
+    parser.add_argument("--threads", type=int, default=0)
+
+
+def texts(args: argparse.Namespace, work: Path) -> tuple[Path, evaluate.Windows, int]:
+    """The calibration text, the windows to score and their length; of --documents the two parts lie in `work`."""
+    calibration, scored = args.calibration, args.text
+    if args.documents:
+        documents = evaluate.read_documents(args.documents)
+        calibration, scored = work / "calibration.txt", work / "scored.txt"
+        calibration.write_text("\n<|endoftext|>\n".join(documents[: len(documents) * 6 // 10]))
+        scored.write_text("\n<|endoftext|>\n".join(documents[len(documents) * 8 // 10 :]))
+    context = min(512, evaluate.context_length(json.loads(read_inside(args.model, "config.json"))))
+    documents = evaluate.read_documents(scored)
+    windows = evaluate.windows(Tokenizer.open(args.model), documents, context, max_tokens=args.max_tokens)
+    return calibration, windows, context
+
+
+def as_json(args: argparse.Namespace, windows: evaluate.Windows, rows: list[dict[str, Any]]) -> str:
+    """One line: what was measured, by which command, at which commit."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    command = " ".join(sys.argv)
-    print(
-        json.dumps(
-            {"model": args.model.name, "tokens": windows.tokens, "command": command, "commit": commit, "rows": rows}
-        )
-    )
+    found = {"model": args.model.name, "tokens": windows.tokens, "command": " ".join(sys.argv), "commit": commit}
+    return json.dumps({**found, "rows": rows})
 
 
 def score(

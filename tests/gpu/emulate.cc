@@ -74,8 +74,6 @@ bool by_shape(const Arguments& a) {
 template <class T, bool BYTES>
 bool by_bits(int bits, const Arguments& a) {
   switch (bits) {
-    case 1:
-      return by_shape<T, 1, BYTES>(a);
     case 2:
       return by_shape<T, 2, BYTES>(a);
     case 3:

@@ -61,20 +61,25 @@ def request(id: Hashable, prompt: list[int], more: int = 3, bits: int = 4, **res
     return Request(id, tuple(prompt), more, bits, **rest)
 
 
+def step(scheduler: Scheduler, memory: Memory, texts: dict[Hashable, list[int]]) -> tuple[Part, ...]:
+    parts = scheduler.next()
+    scheduler.check()
+    sampled = memory.run(parts, texts)
+    for id, token in sampled.items():
+        if token is not None:
+            texts[id].append(token)
+    scheduler.done(sampled)
+    scheduler.check()
+    return parts
+
+
 def run_all(scheduler: Scheduler, requests: list[Request], memory: Memory, most_steps: int = 500):
     """Submits all, runs until nothing is left; yields each step's parts."""
     texts = {r.id: list(r.prompt) for r in requests}
     for r in requests:
         scheduler.submit(r)
     steps = []
-    while parts := scheduler.next():
-        scheduler.check()
-        sampled = memory.run(parts, texts)
-        for id, token in sampled.items():
-            if token is not None:
-                texts[id].append(token)
-        scheduler.done(sampled)
-        scheduler.check()
+    while parts := step(scheduler, memory, texts):
         steps.append(parts)
         assert len(steps) < most_steps, "it never ends"
     assert scheduler.counts().waiting == scheduler.counts().running == 0
@@ -226,17 +231,6 @@ def run_all_of(scheduler: Scheduler, memory: Memory, texts: dict[Hashable, list[
     while step(scheduler, memory, texts):
         pass
     return texts
-
-
-def step(scheduler: Scheduler, memory: Memory, texts: dict[Hashable, list[int]]) -> tuple[Part, ...]:
-    parts = scheduler.next()
-    sampled = memory.run(parts, texts)
-    for id, token in sampled.items():
-        if token is not None:
-            texts[id].append(token)
-    scheduler.done(sampled)
-    scheduler.check()
-    return parts
 
 
 def test_running_sequences_are_not_held_up_by_a_long_prompt_that_goes_before_them() -> None:

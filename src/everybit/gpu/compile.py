@@ -32,6 +32,7 @@ class Kernel:
             _checked(driver.cuFuncSetAttribute(self._function, limit, shared))
         self._overlap = torch.cuda.get_device_capability(device) >= HOPPER and os.environ.get(OVERLAP) != "0"
 
+    @cache  # noqa: B019  (asked for at every launch; kernels are kept for ever anyway)
     def blocks_at_once(self, threads: int) -> int:
         """How many blocks a multiprocessor holds."""
         return int(

@@ -5,6 +5,8 @@ What runs fastest by shape was measured on an H200: benchmarks/gpu_linear.py, do
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from everybit.gpu.compile import HOPPER, Kernel, kernel
@@ -119,6 +121,7 @@ def _best_gemm(tokens: int, rows: int, device: int) -> tuple[int, int, int]:
     return tile, 128 if blocks >= 0.9 * _multiprocessors(device) else 64, 2
 
 
+@cache
 def _multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 

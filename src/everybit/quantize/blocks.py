@@ -44,33 +44,21 @@ class Blocks:
         self._source, self._model = source, source.model.eval()
         self.names = find_blocks(source.model)
         self._modules = [self._model.get_submodule(name[:-1]) for name in self.names]
-        self._calls: dict[tuple[int, int], list[tuple[Any, Any]]] = {}
+        self._calls: dict[tuple[int, int], list[tuple[Any, ...]]] = {}
 
     def why_not(self) -> str | None:
         """None where the blocks can run apart from the model. Cost: no weights are read"""
         if not self.names:
             return "its decoder blocks are not to be found"
         outside = {n: _marked(self._source.shapes[n]) for n in self._outside_names()}
-        passed: list[Any] = []
-        calls: list[Any] = []
-
-        def note(_: int, hidden: Any, *args: Any, **kwargs: Any) -> Any:
-            passed.append(hidden)
-            calls.append((args, kwargs))
-            if len(passed) % len(self.names) == 0:
-                raise _EnoughError
-            return hidden
-
         try:
-            for ids in ([[1, 2]], [[2, 1]]):
-                with torch.no_grad(), suppress(_EnoughError):
-                    self._run(outside, torch.tensor(ids), note)
+            first, second = (self._noted(outside, torch.tensor(ids)) for ids in ([[1, 2]], [[2, 1]]))
         except Exception as error:  # whatever an unknown architecture does with hidden states of its own
             return f"its decoder blocks cannot be run one by one ({reason(error)})"
-        count = len(self.names)
-        if len(passed) < 2 * count or any(hidden is not passed[i // count * count] for i, hidden in enumerate(passed)):
-            return "its decoder blocks are not a chain"
-        if not _same(calls[:count], calls[count:]):
+        for calls in (first, second):
+            if len(calls) < len(self.names) or any(hidden is not calls[0][0] for hidden, _, _ in calls):
+                return "its decoder blocks are not a chain"
+        if not _same([call[1:] for call in first], [call[1:] for call in second]):
             return "its decoder blocks are told which tokens they see"
         return None
 
@@ -80,15 +68,8 @@ class Blocks:
 
     def enter(self, ids: torch.Tensor, replaced: Values) -> torch.Tensor:
         """The hidden states that the first block gets. Shapes: ids i64[n, T] -> f32[n, T, D]"""
-        caught: list[torch.Tensor] = []
-
-        def catch(_: int, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            caught.append(hidden)
-            raise _EnoughError
-
-        with torch.no_grad(), suppress(_EnoughError):
-            self._run({**self._outside, **replaced}, ids, catch)
-        return caught[0]
+        hidden: torch.Tensor = self._noted({**self._outside, **replaced}, ids)[0][0]
+        return hidden
 
     def run(self, index: int, parameters: Values, hidden: torch.Tensor) -> torch.Tensor:
         """What a block with these parameters (full names) makes of hidden states. Shapes: f32[n, T, D] -> the same"""
@@ -122,22 +103,27 @@ class Blocks:
     def _outside_names(self) -> list[str]:
         return [name for name in self._source.shapes if not name.startswith(tuple(self.names))]
 
-    def _calls_of(self, hidden: torch.Tensor) -> list[tuple[Any, Any]]:
+    def _calls_of(self, hidden: torch.Tensor) -> list[tuple[Any, ...]]:
         """The further arguments of every block for hidden states of this shape: positions, masks."""
         n, length = hidden.shape[:2]
         if (n, length) not in self._calls:
-            calls: list[tuple[Any, Any]] = []
-
-            def note(_: int, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-                calls.append((args, kwargs))
-                if len(calls) == len(self.names):
-                    raise _EnoughError
-                return hidden
-
-            with torch.no_grad(), suppress(_EnoughError):
-                self._run(self._outside, torch.zeros(n, length, dtype=torch.int64), note)
-            self._calls[n, length] = calls
+            noted = self._noted(self._outside, torch.zeros(n, length, dtype=torch.int64))
+            self._calls[n, length] = [call[1:] for call in noted]
         return self._calls[n, length]
+
+    def _noted(self, parameters: Values, ids: torch.Tensor) -> list[tuple[Any, Any, Any]]:
+        """(hidden states, arguments, keywords) that every block is called with where blocks do nothing."""
+        calls: list[tuple[Any, Any, Any]] = []
+
+        def note(_: int, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append((hidden, args, kwargs))
+            if len(calls) == len(self.names):
+                raise _EnoughError
+            return hidden
+
+        with torch.no_grad(), suppress(_EnoughError):
+            self._run(parameters, ids, note)
+        return calls
 
     def _run(self, parameters: Values, ids: torch.Tensor, instead: Callable[..., Any]) -> Any:
         with _replaced(self._modules, instead):

@@ -87,9 +87,11 @@ class Batcher:
         auto = request.bits if isinstance(request.bits, Auto) else None
         if auto is not None and not self._runtime.bits:
             raise PrecisionError("auto was asked of float weights, which have one precision: leave bits out")
-        needed: list[Precision] = [choose_bits(self._runtime, request.bits)] if auto is None else []  # type: ignore[arg-type]
-        if auto is not None:
-            needed += self._ladder.allowed(auto)
+        needed: Sequence[Precision]
+        if auto is None:
+            needed = [choose_bits(self._runtime, request.bits)]  # type: ignore[arg-type]
+        else:
+            needed = self._ladder.allowed(auto)
             request = replace(request, bits=self._ladder.within(auto))
         pace = Pace(self._target, self._clock())
         stream = _Stream(Sampler(sampling, request.prompt), stop_ids, request.max_tokens, auto, pace)
