@@ -57,8 +57,8 @@ def test_penalties_by_hand() -> None:
         ((8.0, -1, 12.0, 4.4), 3),
     ):
         sampler = Sampler(sampling, [0, 1, 0])
-        sampler.accept(2)
-        sampler.accept(2)
+        for _ in range(2):
+            assert sampler.choose(logits(0, 0, 99, 0)).token == 2
         assert sampler.choose(logits(*values)).token == expected
 
 

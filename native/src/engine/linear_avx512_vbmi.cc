@@ -194,6 +194,14 @@ inline __m128 reduce_four(const __m512* v) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
+// The sum of the lanes of one vector, added in the order of reduce_four.
+inline float reduce_one(__m512 v) {
+  const __m512 pairs = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4E));
+  const __m512 fours = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xB1));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(fours), _mm512_extractf32x8_ps(fours, 1));
+  return _mm_cvtss_f32(_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+
 template <int kBits, int kParts>
 inline __m512 row_product(const Planes& planes, const Tables& tables, const QuantizedRows& x, std::size_t row) {
   const std::size_t whole = planes.row_bytes / kBlockBytes, tail = planes.row_bytes % kBlockBytes;
@@ -326,7 +334,8 @@ void tile(const Source& source, std::size_t row, const Tables& tables, const Qua
   for (int m = 0; m < kTokens; ++m)
     for (int r = 0; r < kRows; ++r) {
       const std::size_t n = row + static_cast<std::size_t>(r), t = token + static_cast<std::size_t>(m);
-      finish(out, t, n, tables.lines[2 * n] * _mm512_reduce_add_ps(sums[r][m]) + tables.lines[2 * n + 1] * x.sums[t]);
+      const float other = tables.lines[2 * n + 1] * x.sums[t];
+      finish(out, t, n, __builtin_fmaf(tables.lines[2 * n], reduce_one(sums[r][m]), other));
     }
 }
 

@@ -7,8 +7,10 @@ seed and the token's position. `reference_sampling.py` is the definition; native
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,9 +38,9 @@ _WHOLE = ("top_k", "seed")
 class Sampling:
     """How a token is chosen; as it stands, a draw from the model's own distribution.
 
-    In this order: penalties, temperature, top_k, top_p, min_p, one draw. Temperature 0 takes the likeliest token, after
-    penalties. repetition_penalty is of every token in the prompt or the output; the other two, as OpenAI's, of tokens
-    that were generated.
+    In this order: logit_bias (token, number to add), penalties, temperature, top_k, top_p, min_p, one draw. Temperature
+    0 takes the likeliest token, after penalties. repetition_penalty is of every token in the prompt or the output; the
+    other two, as OpenAI's, of tokens that were generated.
 
     Raises: RequestError
     """
@@ -51,9 +53,15 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
+        for token, bias in self.logit_bias:
+            if type(token) is not int or token < 0 or not math.isfinite(bias):
+                raise RequestError("logit_bias", f"{token}: {bias}: expected token ids and finite numbers")
         for field in dataclasses.fields(self):
+            if field.name == "logit_bias":
+                continue
             value = getattr(self, field.name)
             lowest, highest, expected = _RANGES[field.name]
             number = isinstance(value, int if field.name in _WHOLE else (int, float)) and not isinstance(value, bool)
@@ -75,14 +83,31 @@ class Choice:
     likeliest: list[tuple[int, float]]
 
 
+class Constraint(Protocol):
+    """Which tokens may come next in one sequence, a grammar's state for example."""
+
+    def limit(self, logits: F32) -> None:
+        """Set what may not come to -infinity. Shapes: logits f32[V]. Raises: ModelError"""
+
+    def accept(self, token: int) -> None:
+        """`token` came. Raises: ModelError"""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but the end may follow."""
+
+
 class Sampler:
     """Chooses the tokens of one sequence, and remembers what penalties need to know of it.
 
     Cost: per token a pass or two over the logits; with penalties also one visit of every distinct token so far
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), constraint: Constraint | None = None) -> None:
         self.sampling = sampling
+        self.constraint = constraint
+        self._bias_tokens = np.array([token for token, _ in sampling.logit_bias], np.int64)
+        self._bias = np.array([bias for _, bias in sampling.logit_bias], np.float32)
         self.position = 0  # of the next token in its sequence
         self._place: dict[int, int] = {}  # token -> its place in the arrays
         self._tokens = np.zeros(256, np.int32)  # distinct, in order of appearance
@@ -98,6 +123,12 @@ class Sampler:
         Raises:  ModelError when a logit is not a number, or no token is possible
         """
         seen, sampling = len(self._place), self.sampling
+        edited = bool(sampling.logit_bias) or self.constraint is not None
+        own = logits.copy() if edited and top >= 0 else None
+        if sampling.logit_bias:
+            logits[self._bias_tokens] += self._bias
+        if self.constraint is not None:
+            self.constraint.limit(logits)
         status, token, logprob, likeliest = _native.sample(
             logits,
             self._tokens[:seen],
@@ -111,7 +142,7 @@ class Sampler:
             sampling.frequency_penalty,
             sampling.seed,
             self.position,
-            top,
+            -1 if edited else top,
         )
         if status != _OK:
             what = "holds a number that is not finite" if status == _NOT_A_NUMBER else "leaves no token possible"
@@ -120,14 +151,12 @@ class Sampler:
                 "debug=True) names the layer that broke"
             )
         self._see(token, 1)
-        return Choice(token, logprob, likeliest)
-
-    def accept(self, token: int) -> None:
-        """Count a token as generated that something else chose."""
-        self._see(token, 1)
+        return Choice(token, logprob, likeliest) if own is None else score(own, token, top)
 
     def _see(self, token: int, generated: int) -> None:
         self.position += 1
+        if generated and self.constraint is not None:
+            self.constraint.accept(token)
         if not self.sampling.penalizes:
             return
         place = self._place.setdefault(token, len(self._place))
@@ -136,3 +165,13 @@ class Sampler:
             self._generated = np.concatenate([self._generated, np.zeros_like(self._generated)])
         self._tokens[place] = token
         self._generated[place] += generated
+
+
+def score(logits: F32, token: int, top: int) -> Choice:
+    """What the model itself says of `token`, and of the `top` likeliest. Shapes: logits f32[V]"""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    shifted -= math.log(float(np.exp(shifted).sum()))
+    top = min(top, len(shifted))
+    first = np.argpartition(-shifted, top - 1)[:top] if top else np.empty(0, np.int64)
+    first = first[np.lexsort((first, -shifted[first]))]
+    return Choice(token, float(shifted[token]), [(int(i), float(shifted[i])) for i in first])

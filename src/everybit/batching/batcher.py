@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -17,11 +17,11 @@ from everybit.engine.generate import choose_bits
 from everybit.engine.native import BLOCK_TOKENS, make_step
 from everybit.engine.plan import Precision
 from everybit.engine.runtime import Runtime, blocks_of
-from everybit.engine.sampling import F32, Sampler, Sampling
+from everybit.engine.sampling import F32, Choice, Constraint, Sampler, Sampling, score
 from everybit.errors import ModelError, PrecisionError
-from everybit.serve.fluidity import Pace, Target
-from everybit.serve.precision import Auto, Costs, Ladder
-from everybit.serve.scheduler import Counts, Part, Request, Scheduler
+from everybit.batching.fluidity import Pace, Target
+from everybit.batching.precision import Auto, Costs, Ladder
+from everybit.batching.scheduler import Counts, Part, Request, Scheduler
 
 TARGET = Target(first_ns=1_000_000_000, gap_ns=100_000_000)  # a reader's pace: ten tokens a second
 
@@ -30,8 +30,9 @@ TARGET = Target(first_ns=1_000_000_000, gap_ns=100_000_000)  # a reader's pace: 
 class Event:
     """A token of a request and the precision it was computed at.
 
-    `reason` where the request has ended: at a stop token, which is left out, at its length, or because no token could
-    be chosen, and `problem` says why.
+    `reason` where the request has ended: at a stop token, which is left out, at the end of its grammar, at its length,
+    or because no token could be chosen, and `problem` says why. `choice` holds log-probabilities where they were asked
+    for; `prompt`, in the first event of a request that scores, those of its prompt's tokens but the first.
     """
 
     id: Hashable
@@ -39,6 +40,8 @@ class Event:
     bits: Hashable
     reason: Literal["", "stop", "length", "error"]
     problem: str = ""
+    choice: Choice | None = None
+    prompt: Sequence[Choice] = ()
 
 
 @dataclass
@@ -48,6 +51,9 @@ class _Stream:
     left: int
     auto: Auto | None
     pace: Pace
+    top: int
+    prompt: tuple[int, ...]
+    scored: dict[int, Choice] = field(default_factory=dict)  # by place in the prompt
 
 
 class Batcher:
@@ -78,8 +84,19 @@ class Batcher:
         )
         self._streams: dict[Hashable, _Stream] = {}
 
-    def submit(self, request: Request, sampling: Sampling, stop_ids: Collection[int] = ()) -> None:
+    def submit(
+        self,
+        request: Request,
+        sampling: Sampling,
+        stop_ids: Collection[int] = (),
+        *,
+        target: Target | None = None,
+        constraint: Constraint | None = None,
+        top: int = -1,
+    ) -> None:
         """Its `bits` are a precision, a plan or `Auto`. Verifies what a precision needs, at its first use.
+
+        `target` in place of the batcher's own; `top` as Sampler.choose takes it.
 
         Raises: RequestError, BusyError, PrecisionError, ModelError (tokens), FormatError, ChecksumError
         """
@@ -93,8 +110,11 @@ class Batcher:
         else:
             needed = self._ladder.allowed(auto)
             request = replace(request, bits=self._ladder.within(auto))
-        pace = Pace(self._target, self._clock())
-        stream = _Stream(Sampler(sampling, request.prompt), stop_ids, request.max_tokens, auto, pace)
+        if any(token >= self._runtime.vocabulary for token, _ in sampling.logit_bias):
+            raise RequestError("logit_bias", f"expected token ids below {self._runtime.vocabulary}")
+        pace = Pace(target or self._target, self._clock())
+        sampler = Sampler(sampling, request.prompt, constraint)
+        stream = _Stream(sampler, stop_ids, request.max_tokens, auto, pace, top, request.prompt)
         self._scheduler.submit(request)
         try:
             for bits in needed:
@@ -143,6 +163,7 @@ class Batcher:
             self._streams[event.id].pace.token(now)
             if event.reason:
                 del self._streams[event.id]
+                self._scheduler.cancel(event.id)  # a grammar ends a text before its length does
         self._choose_precision(parts)
         return events
 
@@ -180,22 +201,43 @@ class Batcher:
     def _run(self, parts: list[Part], bits: Hashable) -> dict[Hashable, F32]:
         """The logits f32[V] of the parts that sample."""
         pieces = [(np.asarray(p.tokens, np.int32), p.past, np.asarray(p.blocks, np.int32)) for p in parts]
-        ends = np.cumsum([len(p.tokens) for p in parts]) - 1
-        sampling = [i for i, p in enumerate(parts) if p.samples]
-        step = make_step(pieces, [int(ends[i]) for i in sampling])
+        ends = np.cumsum([len(p.tokens) for p in parts]).tolist()
+        rows_of = [
+            range(end - len(p.tokens), end) if p.scores else range(end - p.samples, end)
+            for p, end in zip(parts, ends, strict=True)
+        ]
+        step = make_step(pieces, [row for wanted in rows_of for row in wanted])
         begin = self._clock()
         rows = self._runtime.native.run(step, bits)  # type: ignore[arg-type]
         if isinstance(bits, int):
             self._costs.note(bits, sum(len(p.tokens) for p in parts), self._clock() - begin)
-        return {parts[i].id: row for i, row in zip(sampling, rows, strict=True)}
+        logits, first = {}, 0
+        for part, wanted in zip(parts, rows_of, strict=True):
+            mine, first = rows[first : first + len(wanted)], first + len(wanted)
+            if part.scores:
+                self._score(part, mine)
+            if part.samples:
+                logits[part.id] = mine[-1]
+        return logits
+
+    def _score(self, part: Part, rows: F32) -> None:
+        """What a part of a prompt says of the tokens that follow its own. Shapes: rows f32[len(part.tokens), V]"""
+        stream = self._streams[part.id]
+        for place, row in enumerate(rows, part.past + 1):
+            if place < len(stream.prompt):
+                stream.scored[place] = score(row, stream.prompt[place], max(stream.top, 0))
 
     def _choose(self, part: Part, logits: F32) -> Event:
         stream = self._streams[part.id]
+        prompt, stream.scored = [stream.scored[i] for i in sorted(stream.scored)], {}
         try:
-            token = stream.sampler.choose(logits).token
+            choice = stream.sampler.choose(logits, stream.top)
+            if choice.token in stream.stop_ids:
+                return Event(part.id, None, part.bits, "stop", prompt=prompt)
+            constraint = stream.sampler.constraint
+            complete = constraint is not None and constraint.complete
         except ModelError as error:
             return Event(part.id, None, part.bits, "error", str(error))
-        if token in stream.stop_ids:
-            return Event(part.id, None, part.bits, "stop")
         stream.left -= 1
-        return Event(part.id, token, part.bits, "" if stream.left else "length")
+        reason: Literal["", "stop", "length"] = "stop" if complete else "" if stream.left else "length"
+        return Event(part.id, choice.token, part.bits, reason, choice=choice, prompt=prompt)

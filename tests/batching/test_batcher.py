@@ -14,8 +14,8 @@ from everybit.engine.generate import generate
 from everybit.engine.runtime import Runtime
 from everybit.engine.sampling import Sampling
 from everybit.errors import FormatError, ModelError, PrecisionError, RequestError
-from everybit.serve.batcher import Batcher
-from everybit.serve.scheduler import Request
+from everybit.batching.batcher import Batcher
+from everybit.batching.scheduler import Request
 
 BITS = (2, 3, 4, 6, 8)
 GREEDY, DRAWN = Sampling(temperature=0), Sampling(temperature=0.9, top_p=0.9, seed=5)

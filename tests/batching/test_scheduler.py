@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everybit.errors import BusyError, EverybitError, RequestError
-from everybit.serve.blocks import Blocks
-from everybit.serve.scheduler import Part, Request, Scheduler
+from everybit.batching.blocks import Blocks
+from everybit.batching.scheduler import Part, Request, Scheduler
 
 SIZE = 4
 

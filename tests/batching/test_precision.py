@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from everybit.engine.sampling import Sampling
 from everybit.errors import PrecisionError, RequestError
-from everybit.serve.batcher import Batcher
-from everybit.serve.fluidity import Pace, Target
-from everybit.serve.precision import Auto, Costs, Ladder
-from everybit.serve.scheduler import Request
+from everybit.batching.batcher import Batcher
+from everybit.batching.fluidity import Pace, Target
+from everybit.batching.precision import Auto, Costs, Ladder
+from everybit.batching.scheduler import Request
 
 MS = 1_000_000
 

@@ -12,12 +12,18 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from everybit.errors import BusyError, RequestError
-from everybit.serve.blocks import Blocks, Path
+from everybit.batching.blocks import Blocks, Path
+
+
+SCORED = 64  # rows of logits, a vocabulary wide each, are kept at once
 
 
 @dataclass(frozen=True)
 class Request:
     """What a client asks for. `bits` is whatever names a precision; cached text is shared within `tenant` only.
+
+    `scores`: the logits of the prompt's tokens are wanted as well, so none of it is taken from the cache, and it is run
+    in parts of up to SCORED tokens.
 
     A smaller `priority`, then an earlier `deadline`, is admitted first and put back last; the deadline is any number
     that grows with time. Neither takes the turn of what is running already. They are for the operator to set: whoever
@@ -31,6 +37,7 @@ class Request:
     tenant: Hashable = None
     priority: int = 0
     deadline: float = float("inf")
+    scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Part:
     blocks: tuple[int, ...]
     bits: Hashable
     samples: bool
+    scores: bool = False  # the logits of all its tokens are wanted
 
 
 @dataclass(eq=False)
@@ -195,9 +203,8 @@ class Scheduler:
 
     def _admit(self, sequence: _Sequence) -> bool:
         """Make it running if its whole text so far has room."""
-        sequence.computed = sequence.pure = sequence.path.open(
-            (sequence.request.tenant, sequence.bits), sequence.tokens
-        )
+        known = sequence.tokens[:1] if sequence.request.scores else sequence.tokens
+        sequence.computed = sequence.pure = sequence.path.open((sequence.request.tenant, sequence.bits), known)
         needed = -(-len(sequence.tokens) // self._blocks.size) - len(sequence.path)
         if needed > self._blocks.available:
             self._leave(sequence)
@@ -209,7 +216,8 @@ class Scheduler:
 
     def _part(self, sequence: _Sequence, budget: int, running: Sequence[_Sequence], parts: list[Part]) -> list[Part]:
         """Its part of the step, or none. For its blocks the last in rank are put back, and their parts taken out."""
-        count = min(sequence.left, budget)
+        scores = sequence.request.scores and sequence.computed < len(sequence.request.prompt)
+        count = min(sequence.left, budget, SCORED if scores else budget)
         while not sequence.path.grow(sequence.computed + count):
             last = max((s for s in running if s.running), key=lambda s: s.rank)
             self._leave(last)
@@ -219,7 +227,7 @@ class Scheduler:
                 return []
         tokens = tuple(sequence.tokens[sequence.computed : sequence.computed + count])
         samples, blocks = count == sequence.left, sequence.path.all
-        return [Part(sequence.request.id, tokens, sequence.computed, blocks, sequence.bits, samples)]
+        return [Part(sequence.request.id, tokens, sequence.computed, blocks, sequence.bits, samples, scores)]
 
     def _leave(self, sequence: _Sequence) -> None:
         sequence.path.close()
