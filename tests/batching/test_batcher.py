@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import everybit
+from everybit.batching.batcher import Batcher
+from everybit.batching.scheduler import Request
 from everybit.engine.generate import generate
 from everybit.engine.runtime import Runtime
 from everybit.engine.sampling import Sampling
 from everybit.errors import FormatError, ModelError, PrecisionError, RequestError
-from everybit.batching.batcher import Batcher
-from everybit.batching.scheduler import Request
 
 BITS = (2, 3, 4, 6, 8)
 GREEDY, DRAWN = Sampling(temperature=0), Sampling(temperature=0.9, top_p=0.9, seed=5)

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everybit.engine.sampling import Sampling
-from everybit.errors import PrecisionError, RequestError
 from everybit.batching.batcher import Batcher
 from everybit.batching.fluidity import Pace, Target
 from everybit.batching.precision import Auto, Costs, Ladder
 from everybit.batching.scheduler import Request
+from everybit.engine.sampling import Sampling
+from everybit.errors import PrecisionError, RequestError
 
 MS = 1_000_000
 

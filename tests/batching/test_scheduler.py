@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everybit.errors import BusyError, EverybitError, RequestError
 from everybit.batching.blocks import Blocks
 from everybit.batching.scheduler import Part, Request, Scheduler
+from everybit.errors import BusyError, EverybitError, RequestError
 
 SIZE = 4
 

@@ -13,15 +13,15 @@ from typing import Literal
 
 import numpy as np
 
+from everybit.batching.fluidity import Pace, Target
+from everybit.batching.precision import Auto, Costs, Ladder
+from everybit.batching.scheduler import Counts, Part, Request, Scheduler
 from everybit.engine.generate import choose_bits
 from everybit.engine.native import BLOCK_TOKENS, make_step
 from everybit.engine.plan import Precision
 from everybit.engine.runtime import Runtime, blocks_of
 from everybit.engine.sampling import F32, Choice, Constraint, Sampler, Sampling, score
-from everybit.errors import ModelError, PrecisionError
-from everybit.batching.fluidity import Pace, Target
-from everybit.batching.precision import Auto, Costs, Ladder
-from everybit.batching.scheduler import Counts, Part, Request, Scheduler
+from everybit.errors import ModelError, PrecisionError, RequestError
 
 TARGET = Target(first_ns=1_000_000_000, gap_ns=100_000_000)  # a reader's pace: ten tokens a second
 

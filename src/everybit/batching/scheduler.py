@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-from everybit.errors import BusyError, RequestError
 from everybit.batching.blocks import Blocks, Path
-
+from everybit.errors import BusyError, RequestError
 
 SCORED = 64  # rows of logits, a vocabulary wide each, are kept at once
 
