@@ -1,0 +1,144 @@
+"""POST /v1/completions: a text goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.responses import Response
+
+from everybit.engine.sampling import Choice
+from everybit.errors import RequestError
+from everybit.server.asking import Asking
+from everybit.server.fields import CompletionRequest, Prompt, stops
+from everybit.server.generation import Generation, Piece
+from everybit.server.metrics import Metrics
+from everybit.server.served import Served
+from everybit.server.stream import DONE, EventStream, collect, frame
+
+
+async def complete(asking: Asking, fields: CompletionRequest, metrics: Metrics) -> Response:
+    """Raises: what problem_of knows"""
+    served, n = asking.served, fields.n or 1
+    prompts, texts = read_prompts(served, fields.prompt)
+    scores = bool(fields.echo) and fields.logprobs is not None
+    # With echo, max_tokens 0 asks for the prompt alone: one token is drawn, and dropped.
+    alone = bool(fields.echo) and fields.max_tokens == 0
+    ask = asking.ask(
+        prompts,
+        n=n,
+        max_tokens=1 if alone else fields.max_tokens,
+        stops=stops(fields.stop),
+        grammar=asking.grammar(None),
+        top=-1 if fields.logprobs is None else fields.logprobs,
+        scores=scores,
+    )
+    generation = Generation(asking.live, ask, Generation.new_id("cmpl"), asking.key.name)
+    choices = [_Choice(served, i, prompts[i // n], texts[i // n] if fields.echo else None, fields.logprobs, alone)
+               for i in range(len(prompts) * n)]  # fmt: skip
+    head = {
+        "id": generation.id,
+        "object": "text_completion",
+        "created": asking.created,
+        "model": fields.model,
+        "system_fingerprint": served.system_fingerprint(ask.bits),
+    }
+
+    def usage_document() -> dict[str, Any]:
+        if alone:
+            generation.usage.completion_tokens, generation.usage.tokens_by_bits = 0, {}
+        return generation.usage.document()
+
+    def note() -> None:
+        asking.note(generation, metrics)
+
+    if not fields.stream:
+        if fields.stream_options is not None:
+            raise RequestError("stream_options", "goes with stream only")
+
+        def document() -> dict[str, Any]:
+            return {**head, "choices": [choice.whole() for choice in choices], "usage": usage_document()}
+
+        receive = asking.request.receive
+        return await collect(generation, receive, lambda p: choices[p.index].take(p), asking.headers, document, note)
+
+    usage = bool(fields.stream_options and fields.stream_options.include_usage)
+
+    def frames(pieces: list[Piece]) -> bytes:
+        found = []
+        for piece in pieces:
+            choice = choices[piece.index].take(piece)
+            found.append(frame({**head, "choices": [choice], "bits": piece.bits, **({"usage": None} if usage else {})}))
+        return b"".join(found)
+
+    def last() -> bytes:
+        tail = frame({**head, "choices": [], "usage": usage_document()}) if usage else b""
+        return tail + DONE
+
+    return EventStream(generation, frames, last, asking.headers, note)
+
+
+def read_prompts(served: Served, prompt: Prompt) -> tuple[list[list[int]], list[str]]:
+    """Token ids and texts of every prompt. Raises: RequestError, ModelError"""
+    many: list[Any] = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
+    ids: list[list[int]] = []
+    for one in many:
+        if isinstance(one, str):
+            ids.append(served.tokenizer.encode(one))
+        else:
+            ids.append([int(token) for token in served.runtime.check_tokens(one)] if one else [])
+    texts = [one if isinstance(one, str) else served.tokenizer.decode(one) for one in many]
+    return ids, texts
+
+
+class _Choice:
+    """One choice of the answer as it grows. `echo`: the prompt's text, where it comes first."""
+
+    def __init__(
+        self, served: Served, index: int, prompt: Sequence[int], echo: str | None, logprobs: int | None, alone: bool
+    ) -> None:
+        self._served, self._index, self._prompt, self._echo = served, index, prompt, echo
+        self._logprobs, self._alone = logprobs, alone
+        self._offset = 0
+        self._text: list[str] = []
+        self._lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        self._finish: str | None = None
+
+    def take(self, piece: Piece) -> dict[str, Any]:
+        """The part of the answer that `piece` is, which is remembered as well."""
+        text, lists = "", {name: list[Any]() for name in self._lists}
+        if self._echo is not None:
+            text, echo, self._echo = self._echo, self._echo, None
+            if self._logprobs is not None:
+                scored: Sequence[Choice | None] = [None, *piece.prompt]
+                if len(scored) == len(self._prompt):  # choices beside the first have no scores of their own
+                    self._list(lists, self._prompt, scored)
+            self._offset = len(echo)
+        if not self._alone:
+            text += piece.text
+            if self._logprobs is not None:
+                self._list(lists, [choice.token for choice in piece.choices], piece.choices)
+        for name, values in lists.items():
+            self._lists[name] += values
+        self._text.append(text)
+        self._finish = "length" if self._alone and piece.finish else piece.finish
+        return self._document(text, lists)
+
+    def whole(self) -> dict[str, Any]:
+        return self._document("".join(self._text), self._lists)
+
+    def _document(self, text: str, lists: dict[str, list[Any]]) -> dict[str, Any]:
+        logprobs = None if self._logprobs is None else lists
+        return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": self._finish}
+
+    def _list(self, lists: dict[str, list[Any]], tokens: Sequence[int], choices: Sequence[Choice | None]) -> None:
+        for token, choice in zip(tokens, choices, strict=True):
+            text = self._served.token_text(token)
+            lists["tokens"].append(text)
+            lists["text_offset"].append(self._offset)
+            self._offset += len(text)
+            lists["token_logprobs"].append(choice.logprob if choice else None)
+            likeliest = {self._served.token_text(i): p for i, p in choice.likeliest} if choice else None
+            if choice and likeliest is not None:
+                likeliest.setdefault(text, choice.logprob)
+            lists["top_logprobs"].append(likeliest)

@@ -1,0 +1,208 @@
+"""One model that is served: its weights, its batcher, its words, and the names it answers to."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from everybit.batching.batcher import Batcher
+from everybit.batching.fluidity import Target
+from everybit.batching.precision import Auto
+from everybit.engine.generate import choose_bits
+from everybit.engine.plan import Plan, Precision, identity
+from everybit.engine.runtime import Runtime
+from everybit.errors import PrecisionError, RequestError, SourceError
+from everybit.formats.files import read_inside
+from everybit.server.grammar import Grammars
+from everybit.server.problems import Problem
+from everybit.server.template import ChatTemplate
+from everybit.tokenizer import Tokenizer
+
+_ALIAS = re.compile(r"(.+)@(?:([0-9])bit|(auto)|(.+))")
+MOST_NAME = 200
+
+
+class Served:
+    """Made with `Served.open`. `default` is the precision of requests that name none."""
+
+    def __init__(
+        self, name: str, runtime: Runtime, batcher: Batcher, tokenizer: Tokenizer, plans: dict[str, Plan], default: str
+    ) -> None:
+        self.name, self.runtime, self.batcher, self.tokenizer, self.plans = name, runtime, batcher, tokenizer, plans
+        folder = runtime.checkpoint.folder
+        self.template = ChatTemplate.open(folder)
+        self.tokenizer_json = read_inside(folder, "tokenizer.json").decode()
+        self._lock = threading.Lock()
+        self.created = int(time.time())
+        overlay = runtime.checkpoint.overlay
+        weights = identity(overlay) if overlay else hashlib.sha256(str(folder).encode()).hexdigest()
+        self.fingerprint = f"everybit-{weights.removeprefix('sha256:')[:12]}"
+        self.default: Precision | Auto = self._default(default)
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        folder: Path,
+        *,
+        bits: str,
+        plans: dict[str, Path],
+        threads: int,
+        mode: str,
+        context: int | None,
+        sequences: int,
+        kv_dtype: str,
+        budget: int,
+        queue: int,
+        target: Target,
+        speculate: bool,
+    ) -> Served:
+        """Opens a folder and makes everything ready that requests of the default precision need.
+
+        `sequences`: the KV cache has room for so many sequences of a full context, shared by all.
+        Raises: FormatError, ModelError, SourceError, PrecisionError
+        """
+        if not 0 < len(name) <= MOST_NAME or "@" in name:
+            raise SourceError(f"{name!r} is no name for a model: expected 1 to {MOST_NAME} characters without @")
+        runtime = Runtime.open(
+            folder,
+            threads=threads,
+            mode=mode,
+            context=context,
+            sequences=sequences,
+            kv_dtype=kv_dtype,
+            most_tokens=budget,
+        )
+        try:
+            batcher = Batcher(
+                runtime, budget=budget, most=min(64, budget), queue=queue, target=target, speculate=speculate
+            )
+            known = {key: Plan.open(path, runtime.checkpoint.overlay) for key, path in plans.items()}
+            served = cls(name, runtime, batcher, Tokenizer.open(folder), known, bits)
+            for one in served.needed(served.default):
+                runtime.native.prepare(one)
+        except BaseException:
+            runtime.close()
+            raise
+        return served
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Made at their first use, half a second for 50 thousand tokens. Any thread may ask. Raises: SourceError"""
+        with self._lock:
+            found: Grammars | None = self.__dict__.get("grammars")
+            return found or Grammars(self.tokenizer_json, self.runtime.vocabulary, self.tokenizer.eos_ids)
+
+    def needed(self, bits: Precision | Auto) -> Sequence[Precision]:
+        """The precisions that a request at `bits` may run at."""
+        if isinstance(bits, Auto):
+            return [b for b in self.runtime.bits if bits.floor <= b <= bits.ceiling]
+        return [bits]
+
+    def _default(self, text: str) -> Precision | Auto:
+        """Of the operator's `auto`, `auto:3-6`, `4` or a plan's name. Raises: PrecisionError"""
+        if not self.runtime.bits:
+            return 0
+        if text.startswith("auto"):
+            bounds = re.fullmatch(r"auto(?::([0-9])-([0-9]))?", text)
+            if bounds is None:
+                raise PrecisionError(f"bits {text!r} arrived, expected auto or auto:LOW-HIGH such as auto:3-8")
+            low, high = (
+                (int(bounds[1]), int(bounds[2])) if bounds[1] else (min(self.runtime.bits), max(self.runtime.bits))
+            )
+            return self.precision("auto", low, high)
+        return self.precision(text)
+
+    def precision(
+        self, asked: int | str | None, floor: int | None = None, ceiling: int | None = None
+    ) -> Precision | Auto:
+        """What a request means by `precision` and its bounds; None is the default.
+
+        Raises: PrecisionError, RequestError
+        """
+        if asked is None and (floor is None and ceiling is None):
+            return self.default
+        if isinstance(asked, str) and asked.isdecimal() and len(asked) == 1:
+            asked = int(asked)
+        if asked is None or asked == "auto":
+            if not self.runtime.bits:
+                raise PrecisionError(f"{self.name} has float weights and one precision: leave precision out")
+            base = self.default if asked is None and isinstance(self.default, Auto) else None
+            low, high = (base.floor, base.ceiling) if base else (min(self.runtime.bits), max(self.runtime.bits))
+            auto = Auto(low if floor is None else floor, high if ceiling is None else ceiling)
+            if not self.needed(auto):
+                raise PrecisionError(
+                    f"auto from {auto.floor} to {auto.ceiling} bits arrived, {self.name} has "
+                    f"{', '.join(map(str, self.runtime.bits))}: widen the bounds"
+                )
+            return auto
+        if floor is not None or ceiling is not None:
+            raise RequestError("precision_floor" if floor is not None else "precision_ceiling", "goes with auto only")
+        if isinstance(asked, str):
+            if asked not in self.plans:
+                known = ", ".join(["auto", *map(str, self.runtime.bits), *self.plans])
+                raise PrecisionError(f"precision {asked[:40]!r} arrived, {self.name} has {known}")
+            return self.plans[asked]
+        return choose_bits(self.runtime, asked)
+
+    def token_text(self, token: int) -> str:
+        """A token by itself, special ones too; U+FFFD for bytes that are no character alone."""
+        return self.tokenizer.decode([token], skip_special_tokens=False)
+
+    def label(self, bits: Any) -> int | str:
+        """How a precision is called in answers: its number, or its plan's name; 0 for float weights."""
+        if isinstance(bits, Plan):
+            return next((name for name, plan in self.plans.items() if plan is bits), "plan")
+        return int(bits)
+
+    def system_fingerprint(self, bits: Precision | Auto) -> str:
+        """Same fingerprint, seed and request: same text. An `auto` request has none of its own before it has run."""
+        at = "auto" if isinstance(bits, Auto) else self.label(bits)
+        return f"{self.fingerprint}-{at}{'bit' if isinstance(at, int) else ''}-{self.runtime.isa}"
+
+    def cards(self) -> list[dict[str, Any]]:
+        """The entries of /v1/models: the model itself, then one for each precision and plan."""
+        about = {
+            "bits": list(self.runtime.bits),
+            "plans": list(self.plans),
+            "context": self.runtime.context,
+            "chat": self.template is not None,
+        }
+        aliases = [f"{b}bit" for b in self.runtime.bits] + list(self.plans)
+        names: list[tuple[str, str | None]] = [(self.name, None)]
+        names += [(f"{self.name}@{alias}", self.name) for alias in aliases]
+        return [
+            {
+                "id": id,
+                "object": "model",
+                "created": self.created,
+                "owned_by": "everybit",
+                "everybit": {**about, "alias_of": of},
+            }
+            for id, of in names
+        ]
+
+
+def find(models: dict[str, Served], asked: str) -> tuple[Served, int | str | None]:
+    """The model of a request, and the precision in its name (NAME@3bit, NAME@auto, NAME@PLAN). Raises: Problem"""
+    if asked in models:
+        return models[asked], None
+    match = _ALIAS.fullmatch(asked)
+    if match and match[1] in models:
+        served = models[match[1]]
+        precision = int(match[2]) if match[2] else match[3] or match[4]
+        if precision in (*served.runtime.bits, *served.plans, "auto"):
+            return served, precision
+    raise Problem(
+        404,
+        f"the model {asked[:100]!r} is not served here, expected one of {', '.join(models)}, or one of them with a "
+        "precision: see /v1/models",
+        param="model",
+        code="model_not_found",
+    )
