@@ -81,6 +81,10 @@ class Tokenizer:
             ) from None
         return cls(backend, _eos_ids(settings, folder))
 
+    def to_json(self) -> str:
+        """As a tokenizer.json, with what other files add to it."""
+        return str(self._backend.to_str())
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`, with the special tokens that the post-processor adds."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids

@@ -202,7 +202,7 @@ def test_health_metrics_status_and_page(server: Running) -> None:
     assert 'everybit:generation_tokens_total{bits="8",model="chat"}' in server.get("/metrics").text
     status = server.get("/status").json()["models"]["chat"]
     assert status["running"] == status["waiting"] == 0
-    assert status["kv_blocks"] == status["kv_blocks_free"] + status["kv_blocks_cached"]
+    assert status["kv_blocks"] == status["kv_blocks_free"] > status["kv_blocks_cached"] > 0
     page = server.get("/")
     assert "default-src 'self'" in page.headers["content-security-policy"]
     assert server.get("/page/app.js").status_code == 200

@@ -18,7 +18,7 @@ from typing import NoReturn
 from everybit import __version__
 from everybit.errors import EverybitError
 
-COMMANDS = ("quantize", "generate", "serve", "inspect", "allocate", "eval", "compare", "probe")
+COMMANDS = ("quantize", "generate", "chat", "serve", "inspect", "allocate", "eval", "compare", "probe")
 USER_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse, Response
 
@@ -50,6 +51,17 @@ class Settings:
     lost_lines: Callable[[], int] = lambda: 0
 
 
+class _Request(Request):
+    async def json(self) -> Any:
+        return self.state.json  # the edge has read it
+
+
+class _Route(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        return lambda request: handle(_Request(request.scope, request.receive))
+
+
 class Server:
     """The application (`app`, ASGI) around opened models. The worker runs between the application's start and stop."""
 
@@ -74,7 +86,8 @@ class Server:
             asyncio.get_running_loop().call_later(grace_s, self.live.end, problem)
 
     @asynccontextmanager
-    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+    async def running(self, app: FastAPI | None = None) -> AsyncIterator[None]:
+        """The models run; the application's lifespan."""
         batchers = {name: served.batcher for name, served in self.models.items()}
         loop = asyncio.get_running_loop()
         self.worker = Worker(batchers, loop, lambda name, events: self.metrics.step(self.models[name], events))
@@ -106,11 +119,12 @@ class Server:
             title="everybit",
             version=__version__,
             description="OpenAI-compatible; every precision from one set of weights.",
-            lifespan=self._lifespan,
+            lifespan=self.running,
             redoc_url=None,
             docs_url=None,
         )
-        for error in (RequestValidationError, HTTPException, EverybitError, Problem, Gone):
+        app.router.route_class = _Route
+        for error in (RequestValidationError, HTTPException, EverybitError, Problem, Gone, Exception):
             app.add_exception_handler(error, _handle)
 
         @app.post("/v1/completions", responses=_RESPONSES)
@@ -229,16 +243,14 @@ async def _handle(request: Request, error: Exception) -> Response:
     else:
         problem = problem_of(error)
     if problem.status >= 500:
-        request.state.line["problem"] = str(error)[:500]
+        request.state.line["problem"] = f"{type(error).__name__}: {error}"[:500]
     return JSONResponse(problem.body(), problem.status, headers=problem.headers)
 
 
 def _validation(error: RequestValidationError) -> Problem:
     """The first thing that is wrong, without what was sent: it may be long, or secret."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    if first["type"] == "json_invalid":
-        return Problem(400, "the body is not JSON", code="invalid_json")
+    where = ".".join(str(part)[:40] for part in first["loc"] if part != "body")[:200]
     return Problem(400, f"{where or 'the body'}: {first['msg']}", param=where or None, code="invalid_value")
 
 

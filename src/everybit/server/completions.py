@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.responses import Response
@@ -33,9 +34,17 @@ async def complete(asking: Asking, fields: CompletionRequest, metrics: Metrics) 
         top=-1 if fields.logprobs is None else fields.logprobs,
         scores=scores,
     )
+    ends: Collection[int] = ()
+    if scores and fields.max_tokens == 1 and ask.grammar is None:
+        # Who scores a text asks for one token after it, and drops the last place of the lists: it has to be there,
+        # also where it is the end of the text.
+        ask, ends = replace(ask, stop_ids=()), ask.stop_ids
     generation = Generation(asking.live, ask, Generation.new_id("cmpl"), asking.key.name)
-    choices = [_Choice(served, i, prompts[i // n], texts[i // n] if fields.echo else None, fields.logprobs, alone)
-               for i in range(len(prompts) * n)]  # fmt: skip
+    scored: list[list[Choice]] = [[] for _ in prompts]
+    choices = []
+    for i in range(len(prompts) * n):
+        echo = texts[i // n] if fields.echo else None
+        choices.append(_Choice(served, i, prompts[i // n], echo, fields.logprobs, alone, scored[i // n], ends))
     head = {
         "id": generation.id,
         "object": "text_completion",
@@ -84,22 +93,41 @@ def read_prompts(served: Served, prompt: Prompt) -> tuple[list[list[int]], list[
     ids: list[list[int]] = []
     for one in many:
         if isinstance(one, str):
-            ids.append(served.tokenizer.encode(one))
+            ids.append(_encode(served, one))
         else:
             ids.append([int(token) for token in served.runtime.check_tokens(one)] if one else [])
     texts = [one if isinstance(one, str) else served.tokenizer.decode(one) for one in many]
     return ids, texts
 
 
+def _encode(served: Served, text: str) -> list[int]:
+    """With the tokenizer's own beginning, once: a text may bring it, as templates and lm-eval write it."""
+    ids = served.tokenizer.encode(text)
+    twice = len(ids) > 1 and ids[0] == ids[1] and served.tokenizer.encode("")[:1] == ids[:1]
+    return ids[1:] if twice else ids
+
+
 class _Choice:
-    """One choice of the answer as it grows. `echo`: the prompt's text, where it comes first."""
+    """One choice of the answer as it grows. `echo`: the prompt's text, where it comes first.
+
+    `scored`: log-probabilities of the prompt, which its choices share; `ends`: tokens that end the text but are listed.
+    """
 
     def __init__(
-        self, served: Served, index: int, prompt: Sequence[int], echo: str | None, logprobs: int | None, alone: bool
+        self,
+        served: Served,
+        index: int,
+        prompt: Sequence[int],
+        echo: str | None,
+        logprobs: int | None,
+        alone: bool,
+        scored: list[Choice],
+        ends: Collection[int],
     ) -> None:
         self._served, self._index, self._prompt, self._echo = served, index, prompt, echo
-        self._logprobs, self._alone = logprobs, alone
+        self._logprobs, self._alone, self._scored, self._ends = logprobs, alone, scored, ends
         self._offset = 0
+        self._stream = served.tokenizer.stream([] if echo is not None else prompt[-8:])
         self._text: list[str] = []
         self._lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         self._finish: str | None = None
@@ -109,19 +137,22 @@ class _Choice:
         text, lists = "", {name: list[Any]() for name in self._lists}
         if self._echo is not None:
             text, echo, self._echo = self._echo, self._echo, None
+            self._scored += piece.prompt  # of the first choice, which comes before the others
             if self._logprobs is not None:
-                scored: Sequence[Choice | None] = [None, *piece.prompt]
-                if len(scored) == len(self._prompt):  # choices beside the first have no scores of their own
-                    self._list(lists, self._prompt, scored)
-            self._offset = len(echo)
+                self._list(lists, self._prompt, [None, *self._scored])
+            self._offset, self._stream = len(echo), self._served.tokenizer.stream(self._prompt[-8:])
+        finish = piece.finish
         if not self._alone:
-            text += piece.text
+            if piece.choices and piece.choices[-1].token in self._ends:
+                finish = "stop"
+            else:
+                text += piece.text
             if self._logprobs is not None:
                 self._list(lists, [choice.token for choice in piece.choices], piece.choices)
         for name, values in lists.items():
             self._lists[name] += values
         self._text.append(text)
-        self._finish = "length" if self._alone and piece.finish else piece.finish
+        self._finish = "length" if self._alone and finish else finish
         return self._document(text, lists)
 
     def whole(self) -> dict[str, Any]:
@@ -136,9 +167,9 @@ class _Choice:
             text = self._served.token_text(token)
             lists["tokens"].append(text)
             lists["text_offset"].append(self._offset)
-            self._offset += len(text)
+            self._offset += len(self._stream.add(token))
             lists["token_logprobs"].append(choice.logprob if choice else None)
-            likeliest = {self._served.token_text(i): p for i, p in choice.likeliest} if choice else None
-            if choice and likeliest is not None:
-                likeliest.setdefault(text, choice.logprob)
-            lists["top_logprobs"].append(likeliest)
+            likeliest: dict[str, float] = {}  # of tokens that look the same, the likelier
+            for one, logprob in (*choice.likeliest, (token, choice.logprob)) if choice else ():
+                likeliest.setdefault(self._served.token_text(one), logprob)
+            lists["top_logprobs"].append(likeliest if choice else None)

@@ -6,6 +6,7 @@ Pure ASGI: a streamed piece costs two calls more here, nothing else.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import re
@@ -17,13 +18,13 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from everybit.server.jsonbody import read_json
 from everybit.server.keys import Key, Keys
 from everybit.server.log import write
 from everybit.server.problems import Problem, problem_of
 
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _OPEN = ("/health", "/ready", "/", "/page/", "/openapi.json", "/docs")  # without a key
-_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 _SECURE = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -42,8 +43,15 @@ class Limits:
     hosts: Collection[str] = ()
 
 
+def _nothing() -> None:
+    pass
+
+
 class Edge:
-    """`draining` refuses what is new while what runs is finished."""
+    """`draining` refuses what is new while what runs is finished.
+
+    In the state of a request's scope: `line` of the log, `key`, and what its body says, `json`.
+    """
 
     def __init__(self, app: ASGIApp, keys: Keys, limits: Limits) -> None:
         self.app, self.keys, self.limits = app, keys, limits
@@ -71,6 +79,7 @@ class Edge:
                     await send(message)
             except TimeoutError:
                 line["problem"] = "the client does not read"
+                scope["state"].get("abort", _nothing)()
                 raise ConnectionError("the client does not read") from None
 
         try:
@@ -79,15 +88,18 @@ class Edge:
                 line["key"] = key.name
                 scope["state"]["key"] = key
                 key.running += 1
-            if scope["method"] in ("POST", "PUT", "PATCH"):
-                receive = _replay(await self._body(headers, receive), receive)
+            if scope["method"] == "POST":
+                body = await self._body(headers, receive)
+                scope["state"]["json"] = read_json(body, self.limits.depth)
+                receive = _replay(body, receive)
             await self.app(scope, receive, answer)
         except Exception as error:
             problem = problem_of(error)
             if not isinstance(error, (Problem, ConnectionError)):
                 line["problem"] = f"{type(error).__name__}: {error}"[:500]
             if not started:
-                await send_problem(problem, answer)
+                with contextlib.suppress(ConnectionError):
+                    await send_problem(problem, answer)
         finally:
             if key is not None:
                 key.running -= 1
@@ -125,7 +137,8 @@ class Edge:
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         most, body = self.limits.body_bytes, bytearray()
         too_large = Problem(413, f"the body has more than {most} bytes, the most that is taken", code="too_large")
-        if int(headers.get(b"content-length", b"0") or 0) > most:
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and (len(length) > 18 or int(length) > most):
             raise too_large
         try:
             async with asyncio.timeout(self.limits.body_s):
@@ -140,20 +153,7 @@ class Edge:
                         break
         except TimeoutError:
             raise Problem(408, f"the body took more than {self.limits.body_s:g} s") from None
-        check_depth(bytes(body), self.limits.depth)
         return bytes(body)
-
-
-def check_depth(body: bytes, most: int) -> None:
-    """That JSON is not nested deeper than `most`. Raises: Problem"""
-    if body.count(b"[") + body.count(b"{") <= most:
-        return
-    depth = 0
-    for match in _STRUCTURE.finditer(body):
-        mark = match[0]
-        depth += 1 if mark in b"[{" else -1 if mark in b"]}" else 0
-        if depth > most:
-            raise Problem(400, f"the body's JSON is nested more than {most} deep", code="too_deep")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

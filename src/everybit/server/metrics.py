@@ -108,7 +108,7 @@ class Metrics:
             "waiting": counts.waiting,
             "queue_limit": queue,
             "kv_blocks": counts.blocks,
-            "kv_blocks_free": counts.blocks_available - counts.blocks_cached,
+            "kv_blocks_free": counts.blocks_available,  # those that are cached and held by nobody, too
             "kv_blocks_cached": counts.blocks_cached,
             "tokens_per_s": round(self.tokens_per_s(served.name), 2),
             "tokens_by_bits": dict(self.by_bits.get(served.name, {})),

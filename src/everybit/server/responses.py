@@ -33,7 +33,8 @@ async def respond(asking: Asking, fields: ResponsesRequest, metrics: Metrics) ->
         grammar=grammar,
         shown=tools.format.tags if tools.format and tools.grammar else (),
     )
-    generation = Generation(asking.live, ask, Generation.new_id("resp"), asking.key.name)
+    id = Generation.new_id("resp").replace("-", "_")
+    generation = Generation(asking.live, ask, id, asking.key.name)
     answer = _Answer(generation, fields, Message(served, 0, tools.parser(ask.sampling.seed), False), asking.created)
 
     def note() -> None:
@@ -100,24 +101,23 @@ def _messages(fields: ResponsesRequest) -> list[ChatMessage]:
 
 
 class _Answer:
-    """The response as it grows: one message, and calls after it."""
+    """The response as it grows: items, each a text or a call. An item is complete when the next begins."""
 
     def __init__(self, generation: Generation, fields: ResponsesRequest, message: Message, created: int) -> None:
         self._generation, self._fields, self._message, self._created = generation, fields, message, created
-        self._number = 0
-        self._item = f"msg_{uuid.uuid4().hex}"
+        self._number = 0  # of the next event
         self._begun = False
-        self._open = False  # whether the message has begun
-        self._call_ids: list[str] = []
+        self._items: list[_Item] = []
 
-    def take(self, piece: Piece) -> list[dict[str, Any]]:
-        return self._message.take(piece)
+    def take(self, piece: Piece) -> bytes:
+        """The events of what is new, which is remembered as well."""
+        return b"".join(self._delta(choice["delta"], piece.bits) for choice in self._message.take(piece))
 
     def document(self, status: str | None = None, problem: Problem | None = None) -> dict[str, Any]:
-        fields, finish = self._fields, self._message.finish
-        cut = finish == "length"
+        fields, cut = self._fields, self._message.finish == "length"
         if status is None:
             status = "incomplete" if cut else "completed"
+            self._close()
         usage = self._generation.usage
         done = status in ("completed", "incomplete")
         return {
@@ -130,7 +130,7 @@ class _Answer:
             "instructions": fields.instructions,
             "max_output_tokens": fields.max_output_tokens,
             "model": fields.model,
-            "output": self._output() if done else [],
+            "output": [item.document() for item in self._items] if done else [],
             "parallel_tool_calls": fields.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
@@ -143,7 +143,7 @@ class _Answer:
             "metadata": fields.metadata or {},
             "usage": {
                 "input_tokens": usage.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+                "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": usage.completion_tokens,
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,
@@ -151,29 +151,6 @@ class _Answer:
             }
             if done
             else None,
-        }
-
-    def _output(self) -> list[dict[str, Any]]:
-        text = "".join(self._message.text)
-        items = [self._text_item(text, "completed")] if text or not self._message.calls else []
-        return items + [self._call_item(i, "completed") for i in range(len(self._message.calls))]
-
-    def _text_item(self, text: str | None, status: str) -> dict[str, Any]:
-        content = [] if text is None else [_text_part(text)]
-        return {"id": self._item, "type": "message", "status": status, "role": "assistant", "content": content}
-
-    def _call_item(self, index: int, status: str) -> dict[str, Any]:
-        while len(self._call_ids) <= index:
-            self._call_ids.append(f"fc_{uuid.uuid4().hex}")
-        call = self._message.calls[index]
-        arguments = call["function"]["arguments"] if status == "completed" else ""
-        return {
-            "id": self._call_ids[index],
-            "type": "function_call",
-            "status": status,
-            "call_id": call["id"],
-            "name": call["function"]["name"],
-            "arguments": arguments,
         }
 
     # ---- events
@@ -184,71 +161,93 @@ class _Answer:
             self._begun = True
             out += self._event("response.created", response=self.document("in_progress"))
             out += self._event("response.in_progress", response=self.document("in_progress"))
-        for piece in pieces:
-            for choice in self._message.take(piece):
-                out += self._delta(choice["delta"], piece.bits)
-        return out
-
-    def _delta(self, delta: Mapping[str, Any], bits: Sequence[int | str]) -> bytes:
-        out = b""
-        if delta.get("content"):
-            if not self._open:
-                self._open = True
-                item = self._text_item(None, "in_progress")
-                out += self._event("response.output_item.added", output_index=0, item=item)
-                out += self._event("response.content_part.added", **self._place(), part=_text_part(""))
-            out += self._event(
-                "response.output_text.delta", **self._place(), delta=delta["content"], logprobs=[], bits=bits
-            )
-        for call in delta.get("tool_calls", ()):
-            at = call["index"] + self._open
-            if "id" in call:
-                item = self._call_item(call["index"], "in_progress")
-                out += self._event("response.output_item.added", output_index=at, item=item)
-            if call["function"]["arguments"]:
-                id = self._call_ids[call["index"]]
-                out += self._event(
-                    "response.function_call_arguments.delta",
-                    item_id=id,
-                    output_index=at,
-                    delta=call["function"]["arguments"],
-                )
-        return out
+        return out + b"".join(self.take(piece) for piece in pieces)
 
     def last(self) -> bytes:
-        out, text = b"", "".join(self._message.text)
-        if self._open or not self._message.calls:
-            if not self._open:
-                out += self._event(
-                    "response.output_item.added", output_index=0, item=self._text_item(None, "in_progress")
-                )
-                out += self._event("response.content_part.added", **self._place(), part=_text_part(""))
-            out += self._event("response.output_text.done", **self._place(), text=text, logprobs=[])
-            out += self._event("response.content_part.done", **self._place(), part=_text_part(text))
-            item = self._text_item(text, "completed")
-            out += self._event("response.output_item.done", output_index=0, item=item)
-        for index in range(len(self._message.calls)):
-            item, at = self._call_item(index, "completed"), index + self._open
-            out += self._event(
-                "response.function_call_arguments.done",
-                item_id=item["id"],
-                output_index=at,
-                name=item["name"],
-                arguments=item["arguments"],
-            )
-            out += self._event("response.output_item.done", output_index=at, item=item)
+        out = self._close()
         whole = self.document()
         return out + self._event(f"response.{whole['status']}", response=whole)
 
     def failed(self, problem: Problem) -> bytes:
         return self._event("response.failed", response=self.document("failed", problem))
 
+    def _delta(self, delta: Mapping[str, Any], bits: Sequence[int | str]) -> bytes:
+        out = b""
+        if delta.get("content"):
+            if not self._items or self._items[-1].call is not None:
+                out += self._open(None)
+            out += self._more(delta["content"], logprobs=[], bits=bits)
+        for call in delta.get("tool_calls", ()):
+            if "id" in call:
+                out += self._open(call)
+            if call["function"]["arguments"]:
+                out += self._more(call["function"]["arguments"])
+        return out
+
+    def _open(self, call: Mapping[str, Any] | None) -> bytes:
+        out = self._end() if self._items else b""
+        item = _Item(call)
+        self._items.append(item)
+        out += self._event("response.output_item.added", output_index=len(self._items) - 1, item=item.document())
+        if call is None:
+            out += self._event("response.content_part.added", **self._place(), part=_text_part(""))
+        return out
+
+    def _more(self, text: str, **more: Any) -> bytes:
+        item = self._items[-1]
+        item.pieces.append(text)
+        kind = "output_text" if item.call is None else "function_call_arguments"
+        return self._event(f"response.{kind}.delta", **self._place(), delta=text, **more)
+
+    def _end(self, status: str = "completed") -> bytes:
+        """Of the last item."""
+        item = self._items[-1]
+        item.status, text = status, "".join(item.pieces)
+        if item.call is None:
+            out = self._event("response.output_text.done", **self._place(), text=text, logprobs=[])
+            out += self._event("response.content_part.done", **self._place(), part=_text_part(text))
+        else:
+            name = item.call["function"]["name"]
+            out = self._event("response.function_call_arguments.done", **self._place(), name=name, arguments=text)
+        return out + self._event("response.output_item.done", output_index=len(self._items) - 1, item=item.document())
+
+    def _close(self) -> bytes:
+        """All that was written is there; an answer without anything is an empty text."""
+        out = b"" if self._items else self._open(None)
+        if self._items[-1].status == "in_progress":
+            out += self._end("incomplete" if self._message.finish == "length" else "completed")
+        return out
+
     def _place(self) -> dict[str, Any]:
-        return {"item_id": self._item, "output_index": 0, "content_index": 0}
+        item, index = self._items[-1], len(self._items) - 1
+        return {"item_id": item.id, "output_index": index, **({"content_index": 0} if item.call is None else {})}
 
     def _event(self, kind: str, /, **data: Any) -> bytes:
         self._number += 1
         return frame({"type": kind, "sequence_number": self._number - 1, **data}, event=kind)
+
+
+class _Item:
+    """A text (`call` None), or a call as its first delta has it."""
+
+    def __init__(self, call: Mapping[str, Any] | None) -> None:
+        self.call, self.status = call, "in_progress"
+        self.id = f"{'msg' if call is None else 'fc'}_{uuid.uuid4().hex}"
+        self.pieces: list[str] = []
+
+    def document(self) -> dict[str, Any]:
+        done = self.status != "in_progress"
+        if self.call is None:
+            content = [_text_part("".join(self.pieces))] if done else []
+            return {"id": self.id, "type": "message", "status": self.status, "role": "assistant", "content": content}
+        return {
+            "id": self.id,
+            "type": "function_call",
+            "status": self.status,
+            "call_id": self.call["id"],
+            "name": self.call["function"]["name"],
+            "arguments": "".join(self.pieces) if done else "",
+        }
 
 
 def _text_part(text: str) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from everybit.engine.generate import choose_bits
 from everybit.engine.plan import Plan, Precision, identity
 from everybit.engine.runtime import Runtime
 from everybit.errors import PrecisionError, RequestError, SourceError
-from everybit.formats.files import read_inside
 from everybit.server.grammar import Grammars
 from everybit.server.problems import Problem
 from everybit.server.template import ChatTemplate
@@ -37,7 +36,7 @@ class Served:
         self.name, self.runtime, self.batcher, self.tokenizer, self.plans = name, runtime, batcher, tokenizer, plans
         folder = runtime.checkpoint.folder
         self.template = ChatTemplate.open(folder)
-        self.tokenizer_json = read_inside(folder, "tokenizer.json").decode()
+        self.tokenizer_json = tokenizer.to_json()
         self._lock = threading.Lock()
         self.created = int(time.time())
         overlay = runtime.checkpoint.overlay

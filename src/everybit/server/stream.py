@@ -17,8 +17,17 @@ from everybit.server.problems import Problem, problem_of
 DONE = b"data: [DONE]\n\n"
 
 
+# Line ends to some clients, which split streams as Python's splitlines does.
+_LINE_ENDS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"})
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def frame(document: Mapping[str, Any], event: str | None = None) -> bytes:
-    body = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    """One server-sent event."""
+    text = _encode(document)
+    body = text.encode() if text.isascii() else text.translate(_LINE_ENDS).encode("utf-8", "replace")
     return (b"event: " + event.encode() + b"\n" if event else b"") + b"data: " + body + b"\n\n"
 
 
