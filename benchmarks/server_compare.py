@@ -113,7 +113,7 @@ def _bodies(
     texts = [
         (f"{chr(97 + (i + 5 * turn) % 26)}{turn}{who[0]}.{i} " * args.prompt)[: args.prompt] for i in range(streams)
     ]
-    common = {"max_tokens": args.tokens, "temperature": 0}
+    common: dict[str, Any] = {"max_tokens": args.tokens, "temperature": 0}
     if who == "everybit":
         return ours.port, [
             {**common, "model": ours.name, "prompt": t, "precision": bits, "ignore_eos": True} for t in texts

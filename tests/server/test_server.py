@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.server.conftest import Running, events
@@ -15,14 +17,18 @@ USER = [{"role": "user", "content": "Name three colours."}]
 
 
 def complete(server: Running, **fields: Any) -> dict[str, Any]:
-    response = server.post("/v1/completions", {"model": "chat", "prompt": "abc", "temperature": 0, "precision": 8, **fields})
+    response = server.post(
+        "/v1/completions", {"model": "chat", "prompt": "abc", "temperature": 0, "precision": 8, **fields}
+    )
     assert response.status_code == 200, response.text
     found: dict[str, Any] = response.json()
     return found
 
 
 def chat(server: Running, **fields: Any) -> dict[str, Any]:
-    response = server.post("/v1/chat/completions", {"model": "chat", "messages": USER, "max_tokens": 12, "precision": 8, **fields})
+    response = server.post(
+        "/v1/chat/completions", {"model": "chat", "messages": USER, "max_tokens": 12, "precision": 8, **fields}
+    )
     assert response.status_code == 200, response.text
     found: dict[str, Any] = response.json()
     return found
@@ -73,7 +79,15 @@ def test_streamed_as_whole_and_in_company_as_alone(server: Running, temperature:
 
 
 def test_frames_of_a_chat_stream(server: Running) -> None:
-    body = {"model": "chat", "messages": USER, "max_tokens": 8, "seed": 3, "precision": 8, "ignore_eos": True, "stream": True}
+    body = {
+        "model": "chat",
+        "messages": USER,
+        "max_tokens": 8,
+        "seed": 3,
+        "precision": 8,
+        "ignore_eos": True,
+        "stream": True,
+    }
     documents = events(server.post("/v1/chat/completions", {**body, "stream_options": {"include_usage": True}}))
     *chunks, usage, done = documents
     assert done == "[DONE]"
@@ -216,3 +230,43 @@ def test_the_log_says_what_was_served(server: Running) -> None:
     assert line["tokens_by_bits"] == {"3": 16}
     assert line["status"] == 200
     assert 0 < line["ttft_s"] <= line["s"]
+
+
+def test_five_hundred_requests_of_mixed_precision_at_once(server: Running) -> None:
+    """Twenty-five different ones, each twenty times: all get what one of them gets alone, and no KV block is lost."""
+    bodies = [
+        {
+            "model": "chat",
+            "prompt": f"{i} and {'more ' * (i % 7)}",
+            "precision": BITS[i % 5],
+            "seed": i,
+            "max_tokens": 24,
+        }
+        for i in range(25)
+    ]
+    alone = [complete(server, **body, temperature=0.8, ignore_eos=True)["choices"][0]["text"] for body in bodies]
+    most = 0
+
+    async def all_at_once() -> list[str]:
+        nonlocal most
+        limits = httpx.Limits(max_connections=600)
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits, trust_env=False) as client:
+
+            async def ask(number: int) -> str:
+                body = {**bodies[number % 25], "temperature": 0.8, "ignore_eos": True, "cache_salt": str(number)}
+                response = await client.post("/v1/completions", json=body)
+                assert response.status_code == 200, response.text
+                found: str = response.json()["choices"][0]["text"]
+                return found
+
+            tasks = [asyncio.create_task(ask(number)) for number in range(500)]
+            while not all(task.done() for task in tasks):
+                status = (await client.get("/status")).json()["models"]["chat"]
+                most = max(most, status["running"] + status["waiting"])
+                await asyncio.sleep(0.05)
+            return [task.result() for task in tasks]
+
+    assert asyncio.run(all_at_once()) == [alone[number % 25] for number in range(500)]
+    assert most > 250
+    status = server.get("/status").json()["models"]["chat"]
+    assert status["kv_blocks_free"] == status["kv_blocks"]
