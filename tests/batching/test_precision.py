@@ -117,10 +117,10 @@ class Model:
         return logits
 
 
-def burst(bits: Any) -> tuple[int, Model, list[int]]:
+def burst(bits: Any, speculate: bool = False) -> tuple[int, Model, list[int]]:
     """20 s at twice what 8 bits can do, then 20 s at a tenth of it: 30 tokens in, 50 out, due every 20 ms."""
-    model = Model()
-    batcher = Batcher(model, budget=64, most=64, target=Target(300 * MS, 20 * MS), clock=lambda: model.now)  # type: ignore[arg-type]
+    model, target = Model(), Target(300 * MS, 20 * MS)
+    batcher = Batcher(model, budget=64, most=64, target=target, clock=lambda: model.now, speculate=speculate)  # type: ignore[arg-type]
     arrivals = [i * 1000 * MS // 14 for i in range(14 * 20)] + [20_000 * MS + i * 1500 * MS for i in range(14)]
     paces, missed, last = {}, 0, []
     while arrivals or paces:
@@ -156,7 +156,7 @@ def serve(
 ) -> tuple[list[tuple[Any, int]], dict[Any, int]]:
     """Closed loop: a request that has ended comes again. Which precision each token had, and deadlines missed."""
     target = Target(first_ms * MS, gap_ms * MS)
-    batcher = Batcher(model, budget=64, most=4, target=target, clock=lambda: model.now)  # type: ignore[arg-type]
+    batcher = Batcher(model, budget=64, most=4, target=target, clock=lambda: model.now, speculate=False)  # type: ignore[arg-type]
     paces: dict[Any, list[Pace]] = {id: [] for id in requests}
 
     def submit(id: Any) -> None:

@@ -1,4 +1,7 @@
-"""The scheduler before a stand-in model that knows what every KV slot holds: a step that would read wrong fails."""
+"""The scheduler before a stand-in model that knows what every KV slot holds: a step that would read wrong fails.
+
+Where a part has room ahead, `guess` drafts tokens for it at "draft" bits, right and wrong ones, and verifies them.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ class Memory:
         self.stop = stop
         self.computed = 0
 
-    def run(self, parts: tuple[Part, ...], texts: dict[Hashable, list[int]]) -> dict[Hashable, int | None]:
-        sampled: dict[Hashable, int | None] = {}
+    def run(self, parts: tuple[Part, ...], texts: dict[Hashable, list[int]]) -> dict[Hashable, list[int | None]]:
+        sampled: dict[Hashable, list[int | None]] = {}
         for part in parts:
             text = texts[part.id]
             for place in range(part.past):
@@ -38,8 +41,20 @@ class Memory:
             self.computed += len(part.tokens)
             if part.samples:
                 assert part.past + len(part.tokens) == len(text)
-                sampled[part.id] = follow(text) if follow(text) != self.stop else None
+                sampled[part.id] = self.verify(part, text, guess(text, part.ahead))
         return sampled
+
+    def verify(self, part: Part, text: list[int], guessed: list[int]) -> list[int | None]:
+        """The tokens of a part, up to the first wrong guess or the end. Guesses are written at its bits."""
+        for place, token in enumerate(guessed, len(text)):
+            self.slots[part.blocks[place // SIZE], place % SIZE] = token, part.bits
+        found: list[int | None] = []
+        for token in [*guessed, None]:
+            wanted = follow([*text, *(t for t in found if t is not None)])
+            found.append(wanted if wanted != self.stop else None)
+            if found[-1] != token or token is None:
+                break
+        return found
 
     def precisions(self, part: Part) -> set[Hashable]:
         """Of what the part reads."""
@@ -48,6 +63,15 @@ class Memory:
 
 def follow(text: list[int]) -> int:
     return (sum(text) * 31 + len(text)) % 7
+
+
+def guess(text: list[int], count: int) -> list[int]:
+    """Guesses of which none, some or all are right, depending on the text."""
+    wrong, guessed = sum(text) % (count + 2), []
+    for i in range(count):
+        right = follow([*text, *guessed])
+        guessed.append(right if i < wrong else (right + 1) % 7)
+    return guessed
 
 
 def alone(request: Request, stop: int = -1) -> list[int]:
@@ -61,25 +85,24 @@ def request(id: Hashable, prompt: list[int], more: int = 3, bits: int = 4, **res
     return Request(id, tuple(prompt), more, bits, **rest)
 
 
-def step(scheduler: Scheduler, memory: Memory, texts: dict[Hashable, list[int]]) -> tuple[Part, ...]:
-    parts = scheduler.next()
+def step(scheduler: Scheduler, memory: Memory, texts: dict[Hashable, list[int]], ahead: int = 0) -> tuple[Part, ...]:
+    parts = scheduler.next(dict.fromkeys(texts, ahead))
     scheduler.check()
     sampled = memory.run(parts, texts)
-    for id, token in sampled.items():
-        if token is not None:
-            texts[id].append(token)
+    for id, tokens in sampled.items():
+        texts[id] += [token for token in tokens if token is not None]
     scheduler.done(sampled)
     scheduler.check()
     return parts
 
 
-def run_all(scheduler: Scheduler, requests: list[Request], memory: Memory, most_steps: int = 500):
+def run_all(scheduler: Scheduler, requests: list[Request], memory: Memory, most_steps: int = 500, ahead: int = 0):
     """Submits all, runs until nothing is left; yields each step's parts."""
     texts = {r.id: list(r.prompt) for r in requests}
     for r in requests:
         scheduler.submit(r)
     steps = []
-    while parts := step(scheduler, memory, texts):
+    while parts := step(scheduler, memory, texts, ahead):
         steps.append(parts)
         assert len(steps) < most_steps, "it never ends"
     assert scheduler.counts().waiting == scheduler.counts().running == 0
@@ -113,7 +136,7 @@ def test_every_text_is_what_it_is_alone_and_no_block_is_lost(data: st.DataObject
         )
     stop = data.draw(st.integers(-1, 3), "stop")
     memory = Memory(stop)
-    texts, steps = run_all(scheduler, requests, memory)
+    texts, steps = run_all(scheduler, requests, memory, ahead=data.draw(st.integers(0, 6), "ahead"))
     for r in requests:
         assert texts[r.id] == alone(r, stop)
     bits = {r.id: r.bits for r in requests}
@@ -157,12 +180,18 @@ def test_whatever_comes_when_it_comes(seed: int) -> None:
             id = r.choice(list(requests))
             assert scheduler.cancel(id)
             del requests[id]
-        parts = scheduler.next()
+        parts = scheduler.next({id: r.randint(0, 6) for id in requests if r.random() < 0.8})
         scheduler.check()
         assert bool(parts) == bool(requests)
         assert len(parts) <= most
-        assert sum(len(p.tokens) for p in parts) <= budget
-        places = {p.id: [(p.blocks[i // SIZE], i % SIZE) for i in range(p.past + len(p.tokens))] for p in parts}
+        assert sum(len(p.tokens) + p.ahead for p in parts) <= budget
+        for p in parts:
+            assert p.ahead == 0 or (p.samples and len(p.tokens) == 1)
+            assert len(texts[p.id]) + p.ahead < len(requests[p.id].prompt) + requests[p.id].max_tokens
+        guessed = {p.id: guess(texts[p.id], r.randint(0, p.ahead)) for p in parts if p.samples}
+        places = {
+            p.id: [(p.blocks[i // SIZE], i % SIZE) for i in range(p.past + len(p.tokens) + p.ahead)] for p in parts
+        }
         written = [slot for p in parts for slot in places[p.id][p.past :]]
         assert len(set(written)) == len(written)
         for p in parts:
@@ -172,16 +201,25 @@ def test_whatever_comes_when_it_comes(seed: int) -> None:
                 assert slot not in written
                 assert (tenant, text) == (requests[p.id].tenant, tuple(texts[p.id][: i + 1]))
                 assert p.id in changed or by == {p.bits}
+        if r.random() < 0.5:
+            for slot in written:  # drafts do
+                slots[slot] = "nobody", frozenset(), ()
         if r.random() < 0.1:
             continue  # the step failed
         for p in parts:
             by = slots[places[p.id][p.past - 1]][1] if p.past else frozenset()
             for i in range(p.past, p.past + len(p.tokens)):
                 slots[places[p.id][i]] = requests[p.id].tenant, by | {p.bits}, tuple(texts[p.id][: i + 1])
-        sampled: dict[Hashable, int | None] = {p.id: follow(texts[p.id]) for p in parts if p.samples}
-        for id, token in sampled.items():
-            assert token is not None
-            texts[id].append(token)
+        sampled: dict[Hashable, list[int]] = {}
+        for p in parts:
+            if p.samples:
+                by, new = slots[places[p.id][p.past + len(p.tokens) - 1]][1], sampled.setdefault(p.id, [])
+                for token in [*guessed[p.id], -1]:
+                    new.append(follow(texts[p.id]))
+                    texts[p.id].append(new[-1])
+                    if new[-1] != token:
+                        break
+                    slots[places[p.id][len(texts[p.id]) - 1]] = requests[p.id].tenant, by, tuple(texts[p.id])
         scheduler.done(sampled)
         scheduler.check()
         for id in [i for i in requests if len(texts[i]) == len(requests[i].prompt) + requests[i].max_tokens]:
@@ -295,8 +333,8 @@ def test_what_two_precisions_wrote_is_shared_with_nobody() -> None:
     scheduler.submit(request(0, texts[0], 6))
     steps = 0
     while parts := scheduler.next():
-        texts[0] += [t for t in memory.run(parts, texts).values() if t is not None]
-        scheduler.done({0: texts[0][-1]} if parts[0].samples else {})
+        texts[0] += [t for tokens in memory.run(parts, texts).values() for t in tokens if t is not None]
+        scheduler.done({0: [texts[0][-1]]} if parts[0].samples else {})
         steps += 1
         if steps == 2:
             scheduler.set_bits(0, 3)

@@ -4,12 +4,15 @@ A pure state machine: no clock, no threads, no model. `next` says what to run, `
 else is called between `done` and `next`. Every running sequence gets its one token in each step before prompts get what
 is left of the budget (Sarathi, Agrawal et al. 2024); sequences join and leave between steps (Orca, Yu et al. 2022).
 Where blocks run out, the last in rank is put back and computed again later (vLLM, Kwon et al. 2023).
+
+Tokens that somebody guesses (speculation.py) are verified in the same step as the one before them: a sequence that
+decodes can have room for some `ahead`, after everybody else got what they need, and brings several tokens home.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from everybit.batching.blocks import Blocks, Path
 from everybit.errors import BusyError, RequestError
@@ -41,7 +44,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Part:
-    """What one sequence does in a step: `tokens` after `past` others. A token is sampled where `samples`."""
+    """What one sequence does in a step: `tokens` after `past` others. A token is sampled where `samples`.
+
+    `blocks` and the budget have room for `ahead` more tokens: guesses to verify. All from `past` on is the sequence's
+    own to write, however often.
+    """
 
     id: Hashable
     tokens: tuple[int, ...]
@@ -50,6 +57,7 @@ class Part:
     bits: Hashable
     samples: bool
     scores: bool = False  # the logits of all its tokens are wanted
+    ahead: int = 0
 
 
 @dataclass(eq=False)
@@ -62,12 +70,18 @@ class _Sequence:
     key_bits: Hashable = None  # the precision under which the path is shared
     computed: int = 0  # tokens in the KV cache
     pure: int = 0  # of these, the leading ones that `key_bits` wrote
+    cached: int = 0  # tokens that it found in the KV cache
     running: bool = False
     started: bool = False
 
     @property
     def left(self) -> int:
         return len(self.tokens) - self.computed
+
+    @property
+    def wanted(self) -> int:
+        """Tokens that it may still get."""
+        return len(self.request.prompt) + self.request.max_tokens - len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,16 @@ class Scheduler:
         """Raises: RequestError where it can never run, with the arithmetic; BusyError where the queue is full"""
         if request.id in self._sequences:
             raise RequestError("id", f"{request.id!r} is in use: give every request its own")
+        self.require_fit(request)
+        waiting = sum(not s.started for s in self._sequences.values())
+        if waiting >= self._queue:
+            raise BusyError(f"{waiting} requests wait, the most is {self._queue}: try again later")
+        rank = (request.priority, request.deadline, self._arrivals)
+        self._arrivals += 1
+        self._sequences[request.id] = _Sequence(request, rank, self._blocks.path(), list(request.prompt), request.bits)
+
+    def require_fit(self, request: Request) -> None:
+        """That it can run when it is alone. Looks at nothing that changes, so any thread may ask. Raises: RequestError"""
         prompt, more = len(request.prompt), request.max_tokens
         if not prompt or not isinstance(more, int) or more < 1:
             raise RequestError("prompt", f"{prompt} tokens and max_tokens {more}: expected at least 1 of each")
@@ -119,12 +143,6 @@ class Scheduler:
                 f"a prompt of {prompt} tokens and {more} more are {prompt + more} tokens in {blocks} KV blocks of "
                 f"{self._blocks.size}; the context is {self._context} tokens and there are {self._blocks.total} blocks",
             )
-        waiting = sum(not s.started for s in self._sequences.values())
-        if waiting >= self._queue:
-            raise BusyError(f"{waiting} requests wait, the most is {self._queue}: try again later")
-        rank = (request.priority, request.deadline, self._arrivals)
-        self._arrivals += 1
-        self._sequences[request.id] = _Sequence(request, rank, self._blocks.path(), list(request.prompt), request.bits)
 
     def cancel(self, id: Hashable) -> bool:
         """Its blocks are free at once: not while a step runs. False where no such request is there (any more)."""
@@ -143,8 +161,22 @@ class Scheduler:
             sequence.bits = bits
         return sequence is not None
 
-    def next(self) -> tuple[Part, ...]:
-        """What to run now; empty where nothing is there. Called again without `done`, the step counts as not run."""
+    def recompute(self, id: Hashable) -> None:
+        """What it has read and written so far is computed again, at its precision of now."""
+        sequence = self._sequences.get(id)
+        if sequence is not None and sequence.running:
+            self._leave(sequence)
+
+    def cached(self, id: Hashable) -> int:
+        """Tokens that were cached when it was last admitted; 0 where no such request is there."""
+        sequence = self._sequences.get(id)
+        return sequence.cached if sequence is not None else 0
+
+    def next(self, ahead: Mapping[Hashable, int] | None = None) -> tuple[Part, ...]:
+        """What to run now; empty where nothing is there. Called again without `done`, the step counts as not run.
+
+        `ahead`: room that is asked for, by request. It is what nobody else needs in this step.
+        """
         ranked = sorted(self._sequences.values(), key=lambda s: s.rank)
         running = [s for s in ranked if s.running]
         parts: list[Part] = []
@@ -160,29 +192,30 @@ class Scheduler:
                 break  # those behind it wait too: small ones do not overtake for ever
             running.append(sequence)
             parts += self._part(sequence, budget, running, parts)
+        if ahead:
+            self._look_ahead(parts, ahead)
         self._batch = [(self._sequences[part.id], part) for part in parts]
         return tuple(parts)
 
-    def done(self, sampled: Mapping[Hashable, int | None]) -> None:
-        """What the last `next` led to: for each part that samples a token, or None where its sequence has ended.
+    def done(self, sampled: Mapping[Hashable, Sequence[int | None]]) -> None:
+        """What the last `next` led to: for each part that samples its tokens, the last None where its sequence ended.
 
-        A sequence also ends, by itself, at its max_tokens: give its last token, it is not asked for another.
+        Several tokens say that all but the last were guessed, and verified at the part's bits. A sequence also ends, by
+        itself, at its max_tokens: give its last token, it is not asked for another.
         """
         batch, self._batch = [(q, p) for q, p in self._batch if self._sequences.get(p.id) is q], []  # others: cancelled
         tokens = {part.id: sampled[part.id] for _, part in batch if part.samples}
         for sequence, part in batch:
+            new = [token for token in tokens.get(part.id, ()) if token is not None]
+            computed = len(part.tokens) + max(0, len(new) - 1)
+            sequence.tokens += new
             if sequence.computed == sequence.pure and part.bits == sequence.key_bits:
-                sequence.pure += len(part.tokens)
-            sequence.computed += len(part.tokens)
+                sequence.pure += computed
+            sequence.computed += computed
             if sequence.pure // self._blocks.size > len(sequence.path.nodes):
                 sequence.path.share(sequence.tokens[: sequence.pure])
-            if part.samples:
-                token = tokens[part.id]
-                if token is not None:
-                    sequence.tokens.append(token)
-                generated = len(sequence.tokens) - len(sequence.request.prompt)
-                if token is None or generated >= sequence.request.max_tokens:
-                    self.cancel(part.id)
+            if part.samples and (tokens[part.id][-1] is None or sequence.wanted == 0):
+                self.cancel(part.id)
 
     def counts(self) -> Counts:
         running = sum(s.running for s in self._sequences.values())
@@ -210,6 +243,7 @@ class Scheduler:
             return False
         sequence.running = sequence.started = True
         sequence.key_bits = sequence.bits
+        sequence.cached = sequence.computed
         self._tokens_cached += sequence.computed
         return True
 
@@ -227,6 +261,29 @@ class Scheduler:
         tokens = tuple(sequence.tokens[sequence.computed : sequence.computed + count])
         samples, blocks = count == sequence.left, sequence.path.all
         return [Part(sequence.request.id, tokens, sequence.computed, blocks, sequence.bits, samples, scores)]
+
+    def _look_ahead(self, parts: list[Part], ahead: Mapping[Hashable, int]) -> None:
+        """Give room to the parts that decode, each its share, from blocks and budget that are left over.
+
+        Blocks that running prompts have yet to fill stay. What a sequence got and does not use it keeps: its next
+        tokens come there.
+        """
+        running = [s for s in self._sequences.values() if s.running]
+        size = self._blocks.size
+        spare = self._blocks.available - sum(max(0, -(-len(s.tokens) // size) - len(s.path)) for s in running)
+        budget = self._budget - sum(len(part.tokens) for part in parts)
+        asking = [i for i, p in enumerate(parts) if p.samples and not p.scores and len(p.tokens) == 1 and p.id in ahead]
+        for turn, i in enumerate(asking):
+            part, sequence = parts[i], self._sequences[parts[i].id]
+            count = min(ahead[part.id], sequence.wanted - 1, budget // (len(asking) - turn))
+            here = part.past + 1
+            count = min(count, (len(sequence.path) + max(0, spare)) * size - here)
+            if count < 1:
+                continue
+            before = len(sequence.path)
+            sequence.path.grow(here + count)
+            spare, budget = spare - len(sequence.path) + before, budget - count
+            parts[i] = replace(part, blocks=sequence.path.all, ahead=count)
 
     def _leave(self, sequence: _Sequence) -> None:
         sequence.path.close()
