@@ -117,6 +117,27 @@ class Model:
         return logits
 
 
+@pytest.mark.parametrize("gap_ms", [40, 2000])
+def test_a_long_prompt_stalls_nobody(gap_ms: int) -> None:
+    """60 tokens of prompt take 80 ms of 8 bits: in one step where a reader has the time, else in smaller ones."""
+    model = Model()
+    batcher = Batcher(model, budget=64, clock=lambda: model.now, speculate=False, target=Target(200 * MS, gap_ms * MS))  # type: ignore[arg-type]
+    for id, more in (("before", 60), ("reads", 100)):  # the first shows what steps take
+        batcher.submit(Request(id, tuple(range(1, 41 if id == "before" else 3)), more, 8), Sampling(temperature=0))
+        while len(batcher.step()) == 0 or (batcher.pace("before").hits < 5 and id == "before"):
+            pass
+    for _ in range(3):
+        batcher.step()
+    model.now = batcher.pace("reads").due_ns - gap_ms * MS  # no time in hand
+    batcher.submit(Request("comes", tuple(range(60, 0, -1)), 2, 8), Sampling(temperature=0))
+    longest = 0
+    for _ in range(4):
+        before = model.now
+        batcher.step()
+        longest = max(longest, model.now - before)
+    assert (longest < 60 * MS) == (gap_ms == 40)
+
+
 def burst(bits: Any, speculate: bool = False) -> tuple[int, Model, list[int]]:
     """20 s at twice what 8 bits can do, then 20 s at a tenth of it: 30 tokens in, 50 out, due every 20 ms."""
     model, target = Model(), Target(300 * MS, 20 * MS)

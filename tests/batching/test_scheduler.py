@@ -282,6 +282,17 @@ def test_running_sequences_are_not_held_up_by_a_long_prompt_that_goes_before_the
         assert {p.id: len(p.tokens) for p in parts} == {"short": 1, "long": 7}
 
 
+def test_a_smaller_budget_shortens_prompts_and_not_what_decodes() -> None:
+    scheduler = Scheduler(blocks=40, block_tokens=4, context=64, budget=32, most=8)
+    scheduler.submit(request("reads", [1, 2], more=9))
+    scheduler.next()
+    scheduler.done({"reads": [3]})
+    scheduler.submit(request("comes", list(range(20))))
+    assert {part.id: len(part.tokens) for part in scheduler.next(budget=6)} == {"reads": 1, "comes": 5}
+    scheduler.done({"reads": [4]})
+    assert {part.id: len(part.tokens) for part in scheduler.next(budget=100)} == {"reads": 1, "comes": 15}
+
+
 def test_no_more_sequences_run_than_asked() -> None:
     scheduler, memory = Scheduler(blocks=64, block_tokens=SIZE, context=200, budget=8, most=2), Memory()
     texts = {i: [i] for i in range(5)}

@@ -26,6 +26,7 @@ from everybit.engine.runtime import Runtime, blocks_of
 from everybit.engine.sampling import F32, Choice, Constraint, Sampler, Sampling, score
 from everybit.errors import ModelError, PrecisionError, RequestError
 
+LEAST_CHUNK = 32  # tokens of prompts in a step: fewer would read the weights for too little
 TARGET = Target(first_ns=1_000_000_000, gap_ns=100_000_000)  # a reader's pace: ten tokens a second
 
 
@@ -210,7 +211,8 @@ class Batcher:
         Raises: as Native.run
         """
         begin = self._clock()
-        planned = self._scheduler.next(self._speculation.ahead() if self._speculation is not None else None)
+        ahead = self._speculation.ahead() if self._speculation is not None else None
+        planned = self._scheduler.next(ahead, self._budget(begin))
         drafts, drafting_ns = self._draft(planned)
         parts = [
             replace(part, tokens=(*part.tokens, *drafts[part.id].tokens)) if part.id in drafts else part
@@ -235,6 +237,18 @@ class Batcher:
             rest_ns = self._clock() - begin - drafting_ns - passes_ns
             self._speculation.note_rest(len(found_by), rest_ns, bool(drafts))
         return events
+
+    def _budget(self, now: int) -> int | None:
+        """Tokens of a step that makes no stream late, where it can be helped; None where nobody reads yet.
+
+        A stream that has time in hand lets long prompts through faster (stall-free batching: Agrawal et al. 2024).
+        """
+        reading = [stream for stream in self._streams.values() if stream.sampler.position > len(stream.prompt)]
+        if not reading:
+            return None
+        limit = min(max(stream.pace.due_ns - now, stream.pace.target.gap_ns) for stream in reading)
+        bits = self._ladder.bits if any(stream.auto for stream in reading) else max(self._runtime.bits or (0,))
+        return len(reading) + int(min(max(self._costs.tokens(bits, limit) - len(reading), LEAST_CHUNK), 1 << 20))
 
     def pace(self, id: Hashable) -> Pace:
         """How a stream does against its target, while it is there."""

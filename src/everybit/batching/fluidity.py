@@ -27,7 +27,7 @@ class Pace:
     """One stream against its target. `due_ns` is when the next token has to be there."""
 
     def __init__(self, target: Target, begin_ns: int) -> None:
-        self._target = target
+        self.target = target
         self.due_ns = begin_ns + target.first_ns
         self.hits = self.misses = 0
 
@@ -35,10 +35,10 @@ class Pace:
         """The next token has arrived."""
         if now_ns <= self.due_ns:
             self.hits += 1
-            self.due_ns += self._target.gap_ns
+            self.due_ns += self.target.gap_ns
         else:
-            self.misses += (now_ns - self.due_ns) // self._target.gap_ns + 1
-            self.due_ns = now_ns + self._target.gap_ns
+            self.misses += (now_ns - self.due_ns) // self.target.gap_ns + 1
+            self.due_ns = now_ns + self.target.gap_ns
 
     @property
     def fluidity(self) -> float:

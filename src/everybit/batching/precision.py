@@ -48,14 +48,23 @@ class Costs:
 
     def predict(self, bits: int, tokens: int) -> float:
         """Nanoseconds; 0 where nothing is known. A precision not tried yet is taken to cost its share of planes."""
+        base, slope = self._line(bits)
+        return max(0.0, base + slope * tokens)
+
+    def tokens(self, bits: int, ns: float) -> float:
+        """How many a step of so many nanoseconds has, the other way round; infinite where nothing is known."""
+        base, slope = self._line(bits)
+        return (ns - base) / slope if slope else float("inf")
+
+    def _line(self, bits: int) -> tuple[float, float]:
+        """Nanoseconds of a step, and of each token."""
         if not self._sums:
-            return 0.0
+            return 0.0, 0.0
         known = min(self._sums, key=lambda b: abs(b - bits))
         weight, x, xx, y, xy = self._sums[known]
         spread = weight * xx - x * x
         slope = max(0.0, (weight * xy - x * y) / spread) if spread > 1e-6 * weight * xx else 0.0
-        found = max(0.0, (y - slope * x) / weight + slope * tokens)
-        return found if known == bits else found * bits / known
+        return (y - slope * x) / weight * bits / known, slope * bits / known
 
 
 class Ladder:

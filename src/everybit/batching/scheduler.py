@@ -129,7 +129,7 @@ class Scheduler:
         self._sequences[request.id] = _Sequence(request, rank, self._blocks.path(), list(request.prompt), request.bits)
 
     def require_fit(self, request: Request) -> None:
-        """That it can run when it is alone. Looks at nothing that changes, so any thread may ask. Raises: RequestError"""
+        """That it can run when it is alone. Looks at nothing that changes: any thread may ask. Raises: RequestError"""
         prompt, more = len(request.prompt), request.max_tokens
         if not prompt or not isinstance(more, int) or more < 1:
             raise RequestError("prompt", f"{prompt} tokens and max_tokens {more}: expected at least 1 of each")
@@ -172,26 +172,28 @@ class Scheduler:
         sequence = self._sequences.get(id)
         return sequence.cached if sequence is not None else 0
 
-    def next(self, ahead: Mapping[Hashable, int] | None = None) -> tuple[Part, ...]:
+    def next(self, ahead: Mapping[Hashable, int] | None = None, budget: int | None = None) -> tuple[Part, ...]:
         """What to run now; empty where nothing is there. Called again without `done`, the step counts as not run.
 
-        `ahead`: room that is asked for, by request. It is what nobody else needs in this step.
+        `ahead`: room that is asked for, by request. It is what nobody else needs in this step. `budget`: tokens of this
+        step, where that is to be fewer than ever; what decodes comes first.
         """
+        total = self._budget if budget is None else min(budget, self._budget)
         ranked = sorted(self._sequences.values(), key=lambda s: s.rank)
         running = [s for s in ranked if s.running]
         parts: list[Part] = []
         for sequence in [s for s in running if s.left == 1] + [s for s in running if s.left > 1]:
-            budget = self._budget - sum(len(part.tokens) for part in parts)
-            if budget and sequence.running:  # one may have been put back for another
-                parts += self._part(sequence, budget, running, parts)
+            left = total - sum(len(part.tokens) for part in parts)
+            if left > 0 and sequence.running:  # one may have been put back for another
+                parts += self._part(sequence, left, running, parts)
         for sequence in ranked:
-            budget = self._budget - sum(len(part.tokens) for part in parts)
+            left = total - sum(len(part.tokens) for part in parts)
             if sequence.running:
                 continue
-            if not budget or len(running) == self._most or not self._admit(sequence):
+            if left < 1 or len(running) == self._most or not self._admit(sequence):
                 break  # those behind it wait too: small ones do not overtake for ever
             running.append(sequence)
-            parts += self._part(sequence, budget, running, parts)
+            parts += self._part(sequence, left, running, parts)
         if ahead:
             self._look_ahead(parts, ahead)
         self._batch = [(self._sequences[part.id], part) for part in parts]
