@@ -26,6 +26,7 @@ from everybit.formats.jsontext import parse_object
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTED = ("extra_special_tokens", "additional_special_tokens")
 _UNDECODABLE = "\ufffd"
+_MOST_WAITING = 32  # tokens
 
 
 class Tokenizer:
@@ -81,6 +82,10 @@ class Tokenizer:
             ) from None
         return cls(backend, _eos_ids(settings, folder))
 
+    def longest(self) -> int:
+        """Characters of the longest token; a token of a text has no more, but for what a normalizer takes away."""
+        return max(map(len, self._backend.get_vocab()), default=1)
+
     def to_json(self) -> str:
         """As a tokenizer.json, with what other files add to it."""
         return str(self._backend.to_str())
@@ -119,10 +124,21 @@ class TextStream:
         self._waiting.append(token)
         text = self._tokenizer.decode(self._before + self._waiting)
         if text.endswith(_UNDECODABLE) or len(text) <= len(self._before_text):
-            return ""
+            return self._undecodable(text) if len(self._waiting) > _MOST_WAITING else ""
         piece = text[len(self._before_text) :]
         self._before, self._waiting = self._waiting, []
         self._before_text = self._tokenizer.decode(self._before)
+        return piece
+
+    def _undecodable(self, text: str) -> str:
+        """Of bytes that are no character for long, all but an end that may be one; else their number is squared."""
+        left, right = self._waiting[:-4], self._waiting[-4:]
+        piece = self._tokenizer.decode(self._before + left)[len(self._before_text) :]
+        left_text = self._tokenizer.decode(left)
+        rest = self._tokenizer.decode(left + right)[len(left_text) :]
+        if not piece or self._before_text + piece + rest != text:
+            return ""
+        self._before, self._before_text, self._waiting = left, left_text, right
         return piece
 
     def finish(self) -> str:

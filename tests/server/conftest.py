@@ -79,14 +79,16 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *options: str, log: Path, environment: dict[str, str] | None = None) -> Iterator[Running]:
+def running(
+    folder: Path, *options: str, log: Path, environment: dict[str, str] | None = None, ready_s: float = 60
+) -> Iterator[Running]:
     """`everybit serve chat=FOLDER OPTIONS` on a free port, until the block ends."""
     command = [sys.executable, "-m", "everybit.cli.main", "serve", f"chat={folder}", "--port", "0", "--log", str(log)]
     process = subprocess.Popen(
         [*command, "--threads", "1", *options], stderr=subprocess.PIPE, env={**os.environ, **(environment or {})}
     )
     assert process.stderr is not None
-    said, deadline = b"", time.monotonic() + 60
+    said, deadline = b"", time.monotonic() + ready_s
     try:
         while not (found := re.search(rb"ready on (http://\S+)\n", said)):
             if not select.select([process.stderr], [], [], max(0, deadline - time.monotonic()))[0]:

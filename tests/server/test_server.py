@@ -210,6 +210,16 @@ def test_a_running_request_changes_its_precision(server: Running) -> None:
     assert len(bits) == 3000
 
 
+def test_a_beginning_that_was_read_before_is_not_read_again(server: Running) -> None:
+    body = {"prompt": "long " * 40, "precision": 4, "cache_salt": "one", "max_tokens": 2}
+    cached = [complete(server, **body)["usage"]["prompt_tokens_details"]["cached_tokens"] for _ in range(2)]
+    assert cached[0] == 0
+    assert cached[1] >= 128
+    elsewhere = complete(server, **{**body, "cache_salt": "two"})
+    assert elsewhere["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert elsewhere["choices"] == complete(server, **body)["choices"]
+
+
 def test_health_metrics_status_and_page(server: Running) -> None:
     assert server.get("/health").json()["status"] == "alive"
     assert server.get("/ready").json()["status"] == "ready"

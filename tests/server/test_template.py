@@ -33,8 +33,8 @@ TOOLS = [
     {"type": "function", "function": {"name": "f", "description": "F <é>", "parameters": {"type": "object"}}},
 ]
 TEMPLATES = {
-    "chatml": "{% for m in messages %}\n  {% if m.role == 'user' %}\n<|u|>{{ m['content'] }}\n  {% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|a|>{% endif %}",
+    "chatml": "{% for m in messages %}\n  {% if m.role == 'user' %}\n<|u|>{{ m['content'] }}\n  {% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}",
     "tokens": "{{ bos_token }}{% for m in messages %}{{ m.role }}{{ eos_token }}{{ pad_token is defined }}{% endfor %}",
     "json": "{{ tools | tojson }}{{ messages | tojson(indent=2) }}{{ {'b': 1, 'a': '<é>'} | tojson(sort_keys=true) }}",
     "loops": "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}{{ loop.previtem is defined }}"

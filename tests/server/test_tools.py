@@ -262,6 +262,7 @@ def test_text_streams_but_for_a_beginning_tag() -> None:
         ("hermes", '<tool_call>\n{"name": "get", "arguments": "text"}\n</tool_call>'),
         ("hermes", "</tool_call> <tool_call"),
         ("hermes", "<tool_call>" + " " * 2000),
+        ("hermes", "<tool_call>" + " " * 2000 + ONE),
         ("mistral", "[TOOL_CALLS] none"),
         ("mistral", '[TOOL_CALLS][{"name": 3}]'),
         ("llama", '{"answer": 42}'),

@@ -27,14 +27,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "chat", help="talk to a model in the terminal", description=f"Talk to a model in the terminal: {HELP}."
     )
     parser.add_argument("overlay", metavar="MODEL", help="folder made by everybit quantize, or a float model folder")
-    parser.add_argument(
-        "--bits", default="auto", metavar="auto|N", help="precision (default auto)"
-    )
+    parser.add_argument("--bits", default="auto", metavar="auto|N", help="precision (default auto)")
     parser.add_argument("--system", metavar="TEXT", help="instructions that stand before the conversation")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.7, metavar="T", help="default 0.7"
-    )
+    parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="default 0.7")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="default 0.95")
     parser.add_argument("--seed", type=int, help="of the draws (default: another each time)")
     parser.add_argument("--context", type=int, metavar="N", help="room for so many tokens (default: the model's own)")

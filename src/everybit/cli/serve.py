@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from everybit.errors import SourceError
@@ -57,14 +60,35 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     door.add_argument("--strict", action="store_true", help="refuse fields that nobody knows")
     door.add_argument("--timeout-s", type=float, default=600, metavar="S", help="for a whole request (default 600)")
     door.add_argument("--drain-s", type=float, default=30, metavar="S", help="for what runs at SIGTERM (default 30)")
+    door.add_argument("--send-s", type=float, default=60, metavar="S", help="for a client to read on (default 60)")
     door.add_argument("--body-mib", type=float, default=4, metavar="N", help="largest request (default 4)")
     door.add_argument("--log", type=Path, metavar="FILE", help="JSON lines go there (default: stderr)")
+
+    scale = parser.add_argument_group("more processes (needs everybit[ray])")
+    scale.add_argument("--ray", action="store_true", help="replicas of the server on this machine, on Ray Serve")
+    scale.add_argument(
+        "--replicas",
+        metavar="N|LOW-HIGH",
+        help="that many (default 1), or as many as the load needs; without --threads they share the processors",
+    )
     parser.set_defaults(run=run)
 
 
+def _fill_standard_files() -> None:
+    """Where they are closed: what is opened next must not become file 2, where libraries write."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            file = open(os.devnull, mode)  # noqa: SIM115 - stays open
+            os.set_inheritable(file.fileno(), True)
+            setattr(sys, name, file)
+
+
 def run(args: argparse.Namespace) -> int:
+    _fill_standard_files()
     if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
         raise SourceError(f"serving needs {missing[0]}, which is not installed: pip install 'everybit[serve]'")
+    if args.ray and importlib.util.find_spec("ray") is None:
+        raise SourceError("--ray needs Ray Serve, which is not installed: pip install 'everybit[ray]'")
     from everybit.server.edge import is_loopback
     from everybit.server.keys import VARIABLE, Keys
 
@@ -74,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         ("sequences", 1),
         ("timeout_s", 0.1),
         ("drain_s", 0),
+        ("send_s", 0.1),
         ("body_mib", 0.001),
         ("ttft_ms", 1),
         ("tpot_ms", 1),
@@ -96,53 +121,76 @@ def run(args: argparse.Namespace) -> int:
     from everybit.server.app import Server, Settings
     from everybit.server.edge import Limits
     from everybit.server.log import open_log
+    from everybit.server.opening import Opening, close
     from everybit.server.run import bind, serve
-    from everybit.server.served import Served
+
+    fewest, most = _replicas(args)
+    opening = Opening(
+        models,
+        bits=args.bits,
+        plans=plans,
+        threads=args.threads,
+        mode=args.mode,
+        context=args.context,
+        sequences=args.sequences,
+        kv_dtype=args.kv_dtype,
+        budget=args.budget,
+        queue=args.queue,
+        target=Target(int(args.ttft_ms * 1e6), int(args.tpot_ms * 1e6)),
+        speculate=not args.no_speculation,
+    )
+    hosts = {"localhost", "127.0.0.1", "::1", args.host, *args.allow_host} if local or args.allow_host else ()
+    settings = Settings(
+        queue=args.queue,
+        timeout_s=args.timeout_s,
+        strict=args.strict,
+        keys=keys,
+        limits=Limits(body_bytes=int(args.body_mib * (1 << 20)), send_s=args.send_s, hosts=hosts),
+    )
+    if args.ray:
+        from everybit.integrations.ray_serve.driver import serve_on_ray
+
+        here = {name: folder.resolve() for name, folder in models.items()}  # replicas start in another folder
+        plans = {name: path.resolve() for name, path in plans.items()}
+        threads = args.threads or max(1, len(os.sched_getaffinity(0)) // most)
+        serve_on_ray(
+            replace(opening, models=here, plans=plans, threads=threads),
+            settings,
+            host=args.host,
+            port=args.port,
+            replicas=(fewest, most),
+            drain_s=args.drain_s,
+            log=args.log,
+        )
+        return 0
 
     log = open_log(args.log)
     listener = bind(args.host, args.port)  # before the models: a port that is taken is known at once
-    opened: dict[str, Served] = {}
     try:
-        for name, folder in models.items():
-            opened[name] = Served.open(
-                name,
-                folder,
-                bits=args.bits,
-                plans=plans,
-                threads=args.threads,
-                mode=args.mode,
-                context=args.context,
-                sequences=args.sequences,
-                kv_dtype=args.kv_dtype,
-                budget=args.budget,
-                queue=args.queue,
-                target=Target(int(args.ttft_ms * 1e6), int(args.tpot_ms * 1e6)),
-                speculate=not args.no_speculation,
-            )
-        hosts = {"localhost", "127.0.0.1", "::1", args.host, *args.allow_host} if local or args.allow_host else ()
-        server = Server(
-            opened,
-            Settings(
-                queue=args.queue,
-                timeout_s=args.timeout_s,
-                strict=args.strict,
-                keys=keys,
-                limits=Limits(body_bytes=int(args.body_mib * (1 << 20)), hosts=hosts),
-                lost_lines=lambda: log.lost,
-            ),
-        )
-        for name, served in opened.items():
-            bits = served.runtime.bits
-            what = f"{min(bits)} to {max(bits)} bits" if bits else "float weights"
-            threads = f"{served.runtime.threads} thread{'s' if served.runtime.threads > 1 else ''}"
-            print(f"everybit: {name}: {what}, {served.runtime.isa}, {threads}, {args.mode} mode", file=sys.stderr)
-        shown = f"[{args.host}]" if ":" in args.host else args.host
-        serve(server, listener, args.drain_s, f"everybit: ready on http://{shown}:{listener.getsockname()[1]}")
+        opened = opening.open()
+        try:
+            server = Server(opened, replace(settings, lost_lines=lambda: log.lost))
+            print(opening.about(opened), file=sys.stderr)
+            shown = f"[{args.host}]" if ":" in args.host else args.host
+            serve(server, listener, args.drain_s, f"everybit: ready on http://{shown}:{listener.getsockname()[1]}")
+        finally:
+            close(opened)
     finally:
         listener.close()
-        for served in opened.values():
-            served.runtime.close()
     return 0
+
+
+def _replicas(args: argparse.Namespace) -> tuple[int, int]:
+    """Fewest and most of --replicas. Raises: SourceError"""
+    if args.replicas is None:
+        return 1, 1
+    if not args.ray:
+        raise SourceError(f"--replicas {args.replicas} goes with --ray: without it there is one process")
+    found = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", args.replicas)
+    fewest, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= fewest <= most:
+        raise SourceError(f"--replicas {args.replicas}: expected N or LOW-HIGH, 1 to 999, such as 2 or 1-4")
+    return fewest, most
 
 
 def _folders(given: list[str]) -> dict[str, Path]:

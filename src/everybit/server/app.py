@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,12 +15,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 from everybit import __version__
 from everybit.engine.plan import Plan
 from everybit.errors import EverybitError, RequestError
-from everybit.server import fields
+from everybit.server import answers, fields
+from everybit.server.answers import described
 from everybit.server.asking import Asking
 from everybit.server.chat import chat, read_messages, render
 from everybit.server.completions import complete, read_prompts
@@ -32,11 +35,8 @@ from everybit.server.served import Served, find
 from everybit.server.stream import Gone
 from everybit.server.worker import Worker
 
+_TYPE = re.compile(r"(str|int)$|(list|dict|constrained-\w+)\[")  # pydantic's names of the types a field may have
 PAGE = Path(__file__).parent / "page"
-_CLOSED = {"description": "An error, in OpenAI's form"}
-_RESPONSES: dict[int | str, dict[str, Any]] = dict.fromkeys(
-    (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504), _CLOSED
-)
 
 
 @dataclass
@@ -59,7 +59,11 @@ class _Request(Request):
 class _Route(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
-        return lambda request: handle(_Request(request.scope, request.receive))
+
+        async def with_json(request: Request) -> Response:
+            return await handle(_Request(request.scope, request.receive))
+
+        return with_json
 
 
 class Server:
@@ -75,6 +79,10 @@ class Server:
     @property
     def draining(self) -> bool:
         return self.edge.draining
+
+    @property
+    def busy(self) -> bool:
+        return self.live is not None and bool(self.live.generations)
 
     def drain(self, grace_s: float) -> None:
         """Nothing new is taken; what still runs after `grace_s` ends with an error. To be called in the event loop."""
@@ -122,24 +130,25 @@ class Server:
             lifespan=self.running,
             redoc_url=None,
             docs_url=None,
+            redirect_slashes=False,
         )
         app.router.route_class = _Route
         for error in (RequestValidationError, HTTPException, EverybitError, Problem, Gone, Exception):
             app.add_exception_handler(error, _handle)
 
-        @app.post("/v1/completions", responses=_RESPONSES)
+        @app.post("/v1/completions", responses=described(answers.CompletionAnswer, streams=True))
         async def completions(body: fields.CompletionRequest, request: Request) -> Response:
             return await complete(self._asking(request, body), body, self.metrics)
 
-        @app.post("/v1/chat/completions", responses=_RESPONSES)
+        @app.post("/v1/chat/completions", responses=described(answers.ChatAnswer, streams=True))
         async def chat_completions(body: fields.ChatRequest, request: Request) -> Response:
             return await chat(self._asking(request, body), body, self.metrics)
 
-        @app.post("/v1/responses", responses=_RESPONSES)
+        @app.post("/v1/responses", responses=described(answers.ResponsesAnswer, streams=True))
         async def responses(body: fields.ResponsesRequest, request: Request) -> Response:
             return await respond(self._asking(request, body), body, self.metrics)
 
-        @app.post("/v1/embeddings", responses=_RESPONSES)
+        @app.post("/v1/embeddings", responses=described())
         async def embeddings(body: fields.EmbeddingsRequest) -> Response:
             served, _ = find(self.models, body.model)
             raise Problem(
@@ -149,17 +158,19 @@ class Server:
                 code="unsupported_model",
             )
 
-        @app.get("/v1/models", responses=_RESPONSES)
+        @app.get("/v1/models", responses=described(answers.ModelsAnswer))
         async def models() -> Response:
             cards = [card for served in self.models.values() for card in served.cards()]
             return JSONResponse({"object": "list", "data": cards})
 
-        @app.get("/v1/models/{name:path}", responses=_RESPONSES)
+        @app.get("/v1/models/{name:path}", responses=described(answers.ModelAnswer))
         async def model(name: str) -> Response:
             served, precision = find(self.models, name)
-            return JSONResponse({**served.cards()[0], "id": name, "precision": precision})
+            card = next((card for card in served.cards() if card["id"] == name), served.cards()[0])
+            about = {**card["everybit"], "alias_of": None if precision is None else served.name}
+            return JSONResponse({**card, "id": name, "precision": precision, "everybit": about})
 
-        @app.post("/v1/requests/{id}/precision", responses=_RESPONSES)
+        @app.post("/v1/requests/{id}/precision", responses=described(answers.SwitchAnswer))
         async def switch(id: str, body: fields.SwitchRequest, request: Request) -> Response:
             """A request that runs goes on at another precision, from its next token on."""
             generation = self.live.generations.get(id) if self.live else None
@@ -171,42 +182,56 @@ class Server:
             changed = await generation.set_bits(bits, body.recompute)
             return JSONResponse({"id": id, "precision": body.precision, "sequences": changed})
 
-        @app.post("/tokenize", responses=_RESPONSES)
+        @app.post("/tokenize", responses=described(answers.TokensAnswer))
         async def tokenize(body: fields.TokenizeRequest) -> Response:
-            served, _ = find(self.models, body.model)
+            served = self._named(body.model)
             if (body.prompt is None) == (body.messages is None):
                 raise RequestError("prompt", "or messages: expected one of them")
-            if body.messages is not None:
-                tokens = render(served, read_messages(body.messages), None)
-            elif body.add_special_tokens:
-                tokens = read_prompts(served, body.prompt or "")[0][0]
-            else:
-                tokens = served.tokenizer.encode(body.prompt or "", add_special_tokens=False)
+
+            def find_tokens() -> list[int]:
+                if body.messages is not None:
+                    return render(served, read_messages(body.messages), None)
+                if body.add_special_tokens:
+                    return read_prompts(served, body.prompt or "")[0][0]
+                return served.tokenizer.encode(body.prompt or "", add_special_tokens=False)
+
+            tokens = await asyncio.to_thread(find_tokens)
             return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": served.runtime.context})
 
-        @app.post("/detokenize", responses=_RESPONSES)
+        @app.post("/detokenize", responses=described(answers.TextAnswer))
         async def detokenize(body: fields.DetokenizeRequest) -> Response:
-            served, _ = find(self.models, body.model)
-            tokens = [int(t) for t in served.runtime.check_tokens(body.tokens)] if body.tokens else []
-            return JSONResponse({"prompt": served.tokenizer.decode(tokens, skip_special_tokens=False)})
+            served = self._named(body.model)
+            tokens = served.tokens(body.tokens, "tokens")
+            text = await asyncio.to_thread(served.tokenizer.decode, tokens, skip_special_tokens=False)
+            return JSONResponse({"prompt": text})
+
+        @app.get("/tokenizer_info", responses=described(answers.TokenizerAnswer))
+        async def tokenizer_info(model: str | None = None) -> Response:
+            """What lm-eval asks for, and /tokenize without a model, where it was given no tokenizer of its own."""
+            served = self._named(model)
+            first, ends = served.tokenizer.encode("")[:1], served.tokenizer.eos_ids
+            bos_token = served.token_text(first[0]) if first else None
+            eos_token = served.token_text(min(ends)) if ends else None
+            template = served.template.source if served.template else None
+            return JSONResponse({"bos_token": bos_token, "eos_token": eos_token, "chat_template": template})
 
         @app.get("/health")
         async def health() -> Response:
             return JSONResponse({"status": "alive", "version": __version__})
 
-        @app.get("/ready", responses=_RESPONSES)
+        @app.get("/ready", responses=described())
         async def ready() -> Response:
             if (problem := self._ready()) is not None:
                 raise problem
             return JSONResponse({"status": "ready", "models": list(self.models)})
 
-        @app.get("/metrics", responses=_RESPONSES)
+        @app.get("/metrics", responses=described(), response_class=PlainTextResponse)
         async def metrics() -> Response:
             counts = await self._counts()
             text = self.metrics.text(self.models, counts, self.settings.lost_lines())
             return Response(text, media_type="text/plain; version=0.0.4")
 
-        @app.get("/status", responses=_RESPONSES)
+        @app.get("/status", responses=described())
         async def status() -> Response:
             counts = await self._counts()
             queue = self.settings.queue
@@ -224,7 +249,16 @@ class Server:
                 raise Problem(404, f"there is no {name[:80]!r} on the page")
             return FileResponse(known[name])
 
+        answers.describe_keys(app, bool(self.settings.keys))
         return app
+
+    def _named(self, model: str | None) -> Served:
+        """None where there is one model. Raises: Problem"""
+        if model is None and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        if model is None:
+            raise RequestError("model", f"is missing, expected one of {', '.join(self.models)}")
+        return find(self.models, model)[0]
 
     async def _counts(self) -> dict[str, Any]:
         if self.worker is None or not self.worker.alive:
@@ -250,7 +284,8 @@ async def _handle(request: Request, error: Exception) -> Response:
 def _validation(error: RequestValidationError) -> Problem:
     """The first thing that is wrong, without what was sent: it may be long, or secret."""
     first = error.errors()[0]
-    where = ".".join(str(part)[:40] for part in first["loc"] if part != "body")[:200]
+    parts = itertools.takewhile(lambda part: not _TYPE.match(part), map(str, first["loc"][1:]))
+    where = ".".join(part[:40] for part in parts)[:200]
     return Problem(400, f"{where or 'the body'}: {first['msg']}", param=where or None, code="invalid_value")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import re
 import time
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from fastapi import Request
 
@@ -19,7 +22,21 @@ from everybit.server.metrics import Metrics
 from everybit.server.served import Served, find
 
 IGNORED = "x-everybit-ignored"
+_LONG = 16 << 10  # characters or tokens that are read beside the event loop, where others are served meanwhile
+_COMPILERS = ThreadPoolExecutor(4, "everybit-grammar")  # of their own: nothing else waits behind a grammar
+T = TypeVar("T")
+_UNSAID = re.compile(r"[^ -+.-~-]")  # in a header: all but printable ASCII without a comma
 _TTFT, _TPOT = "x-slo-ttft-ms", "x-slo-tpot-ms"
+
+
+async def reading(size: int, read: Callable[..., T], *given: Any) -> T:
+    """What `read` returns of `given`, in a thread where it is long."""
+    return await asyncio.to_thread(read, *given) if size > _LONG else read(*given)
+
+
+async def compiling(compile: Callable[..., T], *given: Any) -> T:
+    """What `compile` returns, in a thread: others are served while a grammar is tried."""
+    return await asyncio.get_running_loop().run_in_executor(_COMPILERS, compile, *given)
 
 
 class Asking:
@@ -35,7 +52,7 @@ class Asking:
         if unknown and strict:
             raise RequestError(unknown[0], "is unknown, and this server takes known fields only (--strict)")
         if unknown:
-            self.headers[IGNORED] = ",".join(name.encode("ascii", "replace").decode()[:40] for name in unknown[:16])
+            self.headers[IGNORED] = ",".join(_UNSAID.sub("?", name[:40]) for name in unknown[:16])
         line = request.state.line
         line["model"] = self.served.name
         for name in ("user", "metadata"):
@@ -56,7 +73,9 @@ class Asking:
     ) -> Ask:
         """Raises: RequestError, PrecisionError, ContextError"""
         fields, served = self.fields, self.served
-        if not prompts or len(prompts) * n > MOST_CHOICES:
+        if not prompts:
+            raise RequestError("prompt", "is empty, expected at least one")
+        if len(prompts) * n > MOST_CHOICES:
             raise RequestError("n", f"makes {len(prompts)} x {n} sequences, expected 1 to {MOST_CHOICES}")
         context = served.runtime.context
         for tokens in prompts:

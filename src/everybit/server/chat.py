@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from starlette.responses import Response
 
 from everybit.engine.sampling import Choice
 from everybit.errors import RequestError
-from everybit.server.asking import Asking, response_format
+from everybit.server.asking import Asking, compiling, reading, response_format
 from everybit.server.fields import ChatMessage, ChatRequest, content_text, stops
 from everybit.server.generation import Generation, Piece
 from everybit.server.grammar import Grammar
@@ -78,10 +77,12 @@ def read_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 
 
 def render(served: Served, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> list[int]:
-    """The prompt of a conversation. Raises: RequestError"""
+    """The prompt of a conversation. Raises: RequestError, ContextError"""
     if served.template is None:
         raise RequestError("model", f"{served.name} has no chat template: use /v1/completions")
-    return served.tokenizer.encode(served.template.render(messages, tools or None), add_special_tokens=False)
+    text = served.template.render(messages, tools or None)
+    served.require_room(len(text))
+    return served.tokenizer.encode(text, add_special_tokens=False)
 
 
 async def chat(asking: Asking, fields: ChatRequest, metrics: Metrics) -> Response:
@@ -93,8 +94,9 @@ async def chat(asking: Asking, fields: ChatRequest, metrics: Metrics) -> Respons
     if fields.top_logprobs is not None and not fields.logprobs:
         raise RequestError("top_logprobs", "goes with logprobs only")
     given = [tool.model_dump(exclude_none=True) for tool in fields.tools or ()]
-    prompt = render(served, messages, given if fields.tool_choice != "none" else None)
-    tools, grammar = await asyncio.to_thread(_grammars, asking, fields, given)
+    size = sum(len(message["content"]) for message in messages)
+    prompt = await reading(size, render, served, messages, given if fields.tool_choice != "none" else None)
+    tools, grammar = await compiling(_grammars, asking, fields, given)
     ask = asking.ask(
         [prompt],
         n=fields.n or 1,

@@ -10,8 +10,8 @@ from starlette.responses import Response
 
 from everybit.engine.sampling import Choice
 from everybit.errors import RequestError
-from everybit.server.asking import Asking
-from everybit.server.fields import CompletionRequest, Prompt, stops
+from everybit.server.asking import Asking, compiling, reading
+from everybit.server.fields import MOST_CHOICES, CompletionRequest, Prompt, stops
 from everybit.server.generation import Generation, Piece
 from everybit.server.metrics import Metrics
 from everybit.server.served import Served
@@ -21,7 +21,8 @@ from everybit.server.stream import DONE, EventStream, collect, frame
 async def complete(asking: Asking, fields: CompletionRequest, metrics: Metrics) -> Response:
     """Raises: what problem_of knows"""
     served, n = asking.served, fields.n or 1
-    prompts, texts = read_prompts(served, fields.prompt)
+    size = sum(1 if isinstance(one, int) else len(one) for one in fields.prompt)
+    prompts, texts = await reading(size, read_prompts, served, fields.prompt)
     scores = bool(fields.echo) and fields.logprobs is not None
     # With echo, max_tokens 0 asks for the prompt alone: one token is drawn, and dropped.
     alone = bool(fields.echo) and fields.max_tokens == 0
@@ -30,7 +31,7 @@ async def complete(asking: Asking, fields: CompletionRequest, metrics: Metrics) 
         n=n,
         max_tokens=1 if alone else fields.max_tokens,
         stops=stops(fields.stop),
-        grammar=asking.grammar(None),
+        grammar=await compiling(asking.grammar, None) if fields.constrained else None,
         top=-1 if fields.logprobs is None else fields.logprobs,
         scores=scores,
     )
@@ -88,14 +89,18 @@ async def complete(asking: Asking, fields: CompletionRequest, metrics: Metrics) 
 
 
 def read_prompts(served: Served, prompt: Prompt) -> tuple[list[list[int]], list[str]]:
-    """Token ids and texts of every prompt. Raises: RequestError, ModelError"""
+    """Token ids and texts of every prompt. Raises: RequestError, ContextError"""
     many: list[Any] = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
+    if len(many) > MOST_CHOICES:
+        raise RequestError("prompt", f"is {len(many)} prompts, expected at most {MOST_CHOICES}")
     ids: list[list[int]] = []
     for one in many:
         if isinstance(one, str):
+            served.require_room(len(one))
             ids.append(_encode(served, one))
         else:
-            ids.append([int(token) for token in served.runtime.check_tokens(one)] if one else [])
+            served.require_room(len(one))
+            ids.append(served.tokens(one, "prompt"))
     texts = [one if isinstance(one, str) else served.tokenizer.decode(one) for one in many]
     return ids, texts
 

@@ -93,9 +93,12 @@ class Edge:
                 scope["state"]["json"] = read_json(body, self.limits.depth)
                 receive = _replay(body, receive)
             await self.app(scope, receive, answer)
+        except ConnectionError as error:  # nobody is there to be told
+            line.setdefault("problem", str(error))
+            status = status or 499
         except Exception as error:
             problem = problem_of(error)
-            if not isinstance(error, (Problem, ConnectionError)):
+            if not isinstance(error, Problem):
                 line["problem"] = f"{type(error).__name__}: {error}"[:500]
             if not started:
                 with contextlib.suppress(ConnectionError):

@@ -79,7 +79,15 @@ class StreamOptions(Fields):
     include_obfuscation: Literal[False] | None = None
 
 
+# A list stops at what is wrong first: four megabytes of errors take seconds and gigabytes.
+_First = Field(fail_fast=True)
+Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Ints = Annotated[list[Int], _First]
+Texts = Annotated[list[str], _First]
+Objects = Annotated[list[dict[str, Any]], _First]
 Temperature = Annotated[float, Field(ge=0, le=2)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], _First]
 
 
 class Common(Fields):
@@ -90,24 +98,28 @@ class Common(Fields):
 
     model: str = Field(max_length=256)
     temperature: Temperature | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(None, max_length=MOST_BIASES)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: Int | None = Field(None, ge=-1, lt=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: Int | None = Field(None, ge=0, lt=2**63)
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    logit_bias: Annotated[dict[str, float], _First] | None = Field(None, max_length=MOST_BIASES)
     stream: bool | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = Field(None, max_length=MOST_STOPS)
-    precision: int | str | None = None
-    precision_floor: int | None = None
-    precision_ceiling: int | None = None
+    stop_token_ids: Ints | None = Field(None, max_length=MOST_STOPS)
+    precision: Int | str | None = None
+    precision_floor: Int | None = None
+    precision_ceiling: Int | None = None
     cache_salt: str | None = Field(None, max_length=256)
     user: str | None = Field(None, max_length=256)
     regex: str | None = Field(None, max_length=16384)
     grammar: str | None = Field(None, max_length=16384)
+
+    @property
+    def constrained(self) -> bool:
+        return self.regex is not None or self.grammar is not None
 
     def unknown(self) -> list[str]:
         """Fields that nobody knows. Raises: RequestError for known ones that are not honoured"""
@@ -130,6 +142,8 @@ class Common(Fields):
             if (value := getattr(self, name)) is not None
         }
         temperature = 1.0 if self.temperature is None else self.temperature
+        if 0 < temperature < 0.01:  # some clients write 0 so; a draw at 0.01 takes the likeliest as well
+            temperature = 0.01
         if asked.get("top_k") == -1:  # vLLM's way to say off
             asked["top_k"] = 0
         seed = int.from_bytes(os.urandom(7), "little") if self.seed is None else self.seed
@@ -144,15 +158,15 @@ class Common(Fields):
         return tuple(biases)
 
 
-Stop = str | list[str] | None
-Prompt = str | list[str] | list[int] | list[list[int]]
+Stop = str | Texts | None
+Prompt = str | Texts | Ints | Annotated[list[Ints], _First]
 
 
 class CompletionRequest(Common):
     """POST /v1/completions"""
 
     prompt: Prompt
-    max_tokens: int | None = 16
+    max_tokens: Int | None = 16
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -176,9 +190,9 @@ class ChatMessage(Fields):
     """`content`: text, or parts of text."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Objects | None = None
     name: str | None = Field(None, max_length=256)
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Objects | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
 
@@ -186,50 +200,53 @@ class ChatMessage(Fields):
 class ChatRequest(Common):
     """POST /v1/chat/completions"""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    messages: Annotated[list[ChatMessage], _First] = Field(min_length=1, max_length=4096)
+    max_tokens: Int | None = None
+    max_completion_tokens: Int | None = None
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     stop: Stop = None
     stream_options: StreamOptions | None = None
     response_format: dict[str, Any] | None = None
-    tools: list[Tool] | None = Field(None, max_length=128)
+    tools: Annotated[list[Tool], _First] | None = Field(None, max_length=128)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    metadata: dict[str, str] | None = Field(None, max_length=16)
+    metadata: Metadata | None = Field(None, max_length=16)
 
 
 class ResponsesRequest(Common):
     """POST /v1/responses"""
 
-    input: str | list[dict[str, Any]]
+    input: str | Objects
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Int | None = None
     text: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = Field(None, max_length=128)
+    tools: Objects | None = Field(None, max_length=128)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=0)
     stream_options: StreamOptions | None = None
-    metadata: dict[str, str] | None = Field(None, max_length=16)
+    metadata: Metadata | None = Field(None, max_length=16)
 
 
 class TokenizeRequest(Fields):
-    """POST /tokenize: of a text, or of a conversation as the model's template writes it."""
+    """POST /tokenize: of a text, or of a conversation as the model's template writes it.
 
-    model: str = Field(max_length=256)
+    `model` may be left out where there is one.
+    """
+
+    model: str | None = Field(None, max_length=256)
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=4096)
+    messages: Annotated[list[ChatMessage], _First] | None = Field(None, min_length=1, max_length=4096)
     add_special_tokens: bool = True
 
 
 class DetokenizeRequest(Fields):
     """POST /detokenize"""
 
-    model: str = Field(max_length=256)
-    tokens: list[int] = Field(max_length=1 << 20)
+    model: str | None = Field(None, max_length=256)
+    tokens: Ints = Field(max_length=1 << 20)
 
 
 class EmbeddingsRequest(Fields):
@@ -242,7 +259,7 @@ class EmbeddingsRequest(Fields):
 class SwitchRequest(Fields):
     """POST /v1/requests/{id}/precision. `recompute`: what the request has read and written so far, too."""
 
-    precision: int | str
+    precision: Int | str
     recompute: bool = False
 
 

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from everybit.errors import SourceError
@@ -59,12 +59,17 @@ class Keys:
                 raise SourceError(f"{path or VARIABLE} has a {what} twice: each user needs their own")
         return cls(keys)
 
+    def without_limits(self) -> Keys:
+        """For a server behind another, which has counted already."""
+        return Keys([replace(key, concurrency=_OPTIONS["concurrency"][1]) for key in self._keys])
+
     def find(self, authorization: str) -> Key | None:
-        """The key in an Authorization header. Takes as long for a wrong key as for a right one."""
+        """The key in an Authorization header (bytes, as Latin-1). Takes as long for a wrong key as for a right one."""
         if not self._keys:
             return self.anybody
         scheme, _, secret = authorization.partition(" ")
-        given = _digest(secret.strip() if scheme.lower() == "bearer" else "")
+        secret = secret.strip() if scheme.lower() == "bearer" else ""
+        given = hashlib.sha256(secret.encode("latin-1", "backslashreplace")).digest()
         found = [key for key in self._keys if hmac.compare_digest(key.digest, given)]
         return found[0] if found else None
 

@@ -46,6 +46,11 @@ def open_log(path: Path | None) -> Lines:
         stream = path.open("a", encoding="utf-8", buffering=1) if path is not None else sys.stderr
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}: name a file that can be written with --log") from None
+    return log_to(stream)
+
+
+def log_to(stream: Any) -> Lines:
+    """Lines go to `stream`, a write each."""
     handler = Lines(stream)
     handler.setFormatter(_Json())
     for name in ("everybit.requests", "everybit.server", "uvicorn.error"):

@@ -24,8 +24,8 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
 
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"everybit:{name}", text, ["model"], registry=self._registry)
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"everybit:{name}", text, ["model", *labels], registry=self._registry)
 
         def histogram(name: str, text: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
             return Histogram(f"everybit:{name}", text, ["model"], registry=self._registry, buckets=buckets)
@@ -40,15 +40,8 @@ class Metrics:
         self._gain = gauge("spec_decode_predicted_gain", "Tokens a second with speculation over without, as predicted")
         self._preempted = gauge("num_preemptions", "Sequences put back for others, since the start")
         self._cached = gauge("prefix_cache_hit_tokens", "Tokens not computed because they were cached, since the start")
-        self._drafted = Gauge(
-            "everybit:spec_decode_num_draft_tokens", "Drafted tokens", ["model", "draft"], registry=self._registry
-        )
-        self._accepted = Gauge(
-            "everybit:spec_decode_num_accepted_tokens",
-            "Drafted tokens that were right",
-            ["model", "draft"],
-            registry=self._registry,
-        )
+        self._drafted = gauge("spec_decode_num_draft_tokens", "Drafted tokens", "draft")
+        self._accepted = gauge("spec_decode_num_accepted_tokens", "Drafted tokens that were right", "draft")
         self._lost = Gauge("everybit:log_lines_lost", "Log lines that could not be written", registry=self._registry)
         self._prompt = counter("prompt_tokens", "Tokens of prompts", ["model"])
         self._tokens = counter("generation_tokens", "Tokens written", ["model", "bits"])
@@ -96,6 +89,11 @@ class Metrics:
             self._preempted.labels(name).set(counts.preempted)
             self._cached.labels(name).set(counts.tokens_cached)
             self._bits.labels(name).set(loads[name].bits)
+            speculated = loads[name].speculated
+            self._gain.labels(name).set(speculated.gain)
+            for gauge, found in ((self._drafted, speculated.drafted), (self._accepted, speculated.accepted)):
+                for source, tokens in found.items():
+                    gauge.labels(name, source).set(tokens)
         self._lost.set(lost)
         return generate_latest(self._registry)
 

@@ -58,7 +58,9 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(400, str(error), param="precision", code="invalid_value")
         case BusyError():
             return Problem(429, str(error), code="queue_full")
-        case FormatError() | ModelError():
+        case FormatError():  # it names places of this machine
+            return Problem(500, "the model's files cannot be read, the server's log says more", code="model_failed")
+        case ModelError():
             return Problem(500, str(error), code="model_failed")
         case EverybitError():
             return Problem(400, str(error))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from pydantic import ValidationError
 from starlette.responses import Response
 
 from everybit.errors import RequestError
-from everybit.server.asking import Asking, response_format
+from everybit.server.asking import Asking, compiling, reading, response_format
 from everybit.server.chat import Message, Tools, read_messages, read_tools, render
 from everybit.server.fields import ChatMessage, ResponsesRequest
 from everybit.server.generation import Generation, Piece
@@ -25,8 +24,9 @@ async def respond(asking: Asking, fields: ResponsesRequest, metrics: Metrics) ->
     """Raises: what problem_of knows"""
     served = asking.served
     messages = read_messages(_messages(fields))
-    tools, grammar, given = await asyncio.to_thread(_grammars, asking, fields)
-    prompt = render(served, messages, given if fields.tool_choice != "none" else None)
+    tools, grammar, given = await compiling(_grammars, asking, fields)
+    size = sum(len(message["content"]) for message in messages)
+    prompt = await reading(size, render, served, messages, given if fields.tool_choice != "none" else None)
     ask = asking.ask(
         [prompt],
         max_tokens=fields.max_output_tokens,

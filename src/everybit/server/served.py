@@ -17,7 +17,7 @@ from everybit.batching.precision import Auto
 from everybit.engine.generate import choose_bits
 from everybit.engine.plan import Plan, Precision, identity
 from everybit.engine.runtime import Runtime
-from everybit.errors import PrecisionError, RequestError, SourceError
+from everybit.errors import ContextError, ModelError, PrecisionError, RequestError, SourceError
 from everybit.server.grammar import Grammars
 from everybit.server.problems import Problem
 from everybit.server.template import ChatTemplate
@@ -37,6 +37,7 @@ class Served:
         folder = runtime.checkpoint.folder
         self.template = ChatTemplate.open(folder)
         self.tokenizer_json = tokenizer.to_json()
+        self._longest = tokenizer.longest()
         self._lock = threading.Lock()
         self.created = int(time.time())
         overlay = runtime.checkpoint.overlay
@@ -149,6 +150,25 @@ class Served:
                 raise PrecisionError(f"precision {asked[:40]!r} arrived, {self.name} has {known}")
             return self.plans[asked]
         return choose_bits(self.runtime, asked)
+
+    def tokens(self, given: Sequence[int], parameter: str) -> list[int]:
+        """Token ids that a client sent. Raises: RequestError"""
+        try:
+            return [int(token) for token in self.runtime.check_tokens(given)] if given else []
+        except ModelError as error:
+            raise RequestError(parameter, f"holds a token that is none: {error}") from None
+
+    def require_room(self, characters: int) -> None:
+        """A text is refused before it is cut into tokens where it has more than the context's tokens can have.
+
+        Raises: ContextError
+        """
+        most = self.runtime.context * self._longest
+        if characters > most:
+            raise ContextError(
+                f"a text of {characters} characters arrived, {self.runtime.context} tokens are the context, which "
+                f"{most} characters fill at the least: shorten it"
+            )
 
     def token_text(self, token: int) -> str:
         """A token by itself, special ones too; U+FFFD for bytes that are no character alone."""

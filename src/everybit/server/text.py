@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 from everybit.tokenizer import Tokenizer
 
 
 class StopText:
-    """Cuts a text, which comes in pieces, before the first of several stop texts."""
+    """Cuts a text, which comes in pieces, before the stop text that is complete first; the pieces do not matter.
+
+    Cost: a visit of every stop text for each character, however much of them has come (Knuth, Morris and Pratt 1977)
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
+        self._stops = [(stop, _falls(stop)) for stop in stops]
+        self._begun = [0] * len(self._stops)  # characters of each that the text ends with
         self._held = ""
         self.stopped = False
 
@@ -20,18 +25,39 @@ class StopText:
         if not self._stops or self.stopped:
             return "" if self.stopped else piece
         text = self._held + piece
-        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        held = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        for end, character in enumerate(piece, len(self._held) + 1):
+            longest = max(self._step(i, character) for i in range(len(self._stops)))
+            if longest:
+                self.stopped, self._held = True, ""
+                return text[: end - longest]
+        shown = len(text) - max(self._begun)
+        self._held = text[shown:]
+        return text[:shown]
+
+    def _step(self, i: int, character: str) -> int:
+        """The length of a stop text where it is complete with this character, else 0."""
+        (stop, falls), begun = self._stops[i], self._begun[i]
+        while begun and stop[begun] != character:
+            begun = falls[begun]
+        self._begun[i] = begun = begun + (stop[begun] == character)
+        return begun if begun == len(stop) else 0
 
     def finish(self) -> str:
         """What was held back for nothing."""
         held, self._held = self._held, ""
         return held
+
+
+@lru_cache(1024)
+def _falls(stop: str) -> tuple[int, ...]:
+    """For each length of a beginning of `stop`: of its own ends the longest that is a shorter beginning."""
+    falls, begun = [0, 0], 0
+    for character in stop[1:]:
+        while begun and stop[begun] != character:
+            begun = falls[begun]
+        begun += stop[begun] == character
+        falls.append(begun)
+    return tuple(falls)
 
 
 class Written:

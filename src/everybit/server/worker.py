@@ -18,9 +18,10 @@ from typing import Any
 from everybit.batching.batcher import Batcher, Event
 from everybit.batching.fluidity import Target
 from everybit.batching.scheduler import Counts, Request
+from everybit.batching.speculation import Speculated
 from everybit.engine.plan import Precision
 from everybit.engine.sampling import Constraint, Sampling
-from everybit.errors import EverybitError
+from everybit.errors import EverybitError, ModelError
 
 LOG = logging.getLogger("everybit.server")
 IDLE_CHECK_S = 1.0  # without work the block accounts are checked, once
@@ -41,10 +42,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Load:
-    """A glance at one batcher: its counts, and the precision of `auto` requests."""
+    """A glance at one batcher: its counts, the precision of `auto` requests, and what speculation did."""
 
     counts: Counts
     bits: int
+    speculated: Speculated
 
 
 class Inbox:
@@ -74,7 +76,11 @@ class Inbox:
         while self._events:
             one = self._events.popleft()
             if isinstance(one, BaseException):
-                raise one
+                if not found:
+                    raise one
+                self._events.appendleft(one)  # after what came before it
+                self._arrived.set()
+                break
             found.append(one)
         return found
 
@@ -93,7 +99,7 @@ class Worker:
         self._wake = threading.Event()
         self._inboxes: dict[Hashable, tuple[str, Inbox]] = {}
         self._failures = dict.fromkeys(batchers, 0)
-        self._stopping = False
+        self._stopping = self._broken = False
         self._thread = threading.Thread(target=self._run, name="everybit-worker", daemon=True)
         self.counts: dict[str, Load] = {}  # as of the last step or command, for any thread
         self._count()
@@ -103,7 +109,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._broken
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """Ends the thread after the step that runs. What was asked for meanwhile is not answered: cancel it first."""
@@ -130,8 +136,8 @@ class Worker:
         def run() -> None:
             try:
                 found, error = question(), None
-            except Exception as caught:
-                found, error = None, caught
+            except BaseException as caught:
+                found, error = None, _ordinary(caught)
             self._loop.call_soon_threadsafe(_settle, answer, found, error)
 
         self._do(run)
@@ -144,15 +150,18 @@ class Worker:
     def _submit(self, name: str, job: Job, inbox: Inbox) -> None:
         if inbox.closed:
             return
+        if self._broken:
+            self._loop.call_soon_threadsafe(inbox.put, [_broken()])
+            return
         self._inboxes[job.request.id] = (name, inbox)
         try:
             self._batchers[name].submit(
                 job.request, job.sampling, job.stop_ids, target=job.target, constraint=job.constraint, top=job.top
             )
-        except Exception as error:
+        except BaseException as error:
             if not isinstance(error, EverybitError):
                 LOG.error("a request could not be taken: %s", traceback.format_exc())
-            self._tell([(job.request.id, error)])
+            self._tell([(job.request.id, _ordinary(error))])
 
     def _cancel(self, name: str, ids: Sequence[Hashable]) -> None:
         for id in ids:
@@ -160,13 +169,29 @@ class Worker:
             self._batchers[name].cancel(id)
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException:
+            LOG.critical("the models run no more: %s", traceback.format_exc())
+            self._broken = True
+            self._tell([(id, _broken()) for id in self._inboxes])
+        while not self._stopping:  # whoever still asks is refused
+            self._obey()
+            self._wake.wait()
+            self._wake.clear()
+
+    def _obey(self) -> None:
+        while self._commands:
+            try:
+                self._commands.popleft()()
+            except BaseException:
+                LOG.error("a command failed: %s", traceback.format_exc())
+
+    def _work(self) -> None:
+        """Until it is to stop. Raises: what nobody expected"""
         idle = False
         while not self._stopping:
-            while self._commands:
-                try:
-                    self._commands.popleft()()
-                except Exception:
-                    LOG.error("a command failed: %s", traceback.format_exc())
+            self._obey()
             self._count()
             busy = False
             for name, batcher in self._batchers.items():
@@ -186,13 +211,16 @@ class Worker:
         try:
             events = batcher.step()
             self._failures[name] = 0
-        except Exception as error:
+        except BaseException as error:
             LOG.error("a step of %s failed: %s", name, traceback.format_exc())
             self._failures[name] += 1
             if isinstance(error, EverybitError) or self._failures[name] >= FAILURES:
-                self._give_up(name, error)
+                self._give_up(name, _ordinary(error))
             return
-        self._on_step(name, events)
+        try:
+            self._on_step(name, events)
+        except Exception:
+            LOG.error("a step of %s was not counted: %s", name, traceback.format_exc())
         if events:
             self._tell([(event.id, event) for event in events])
 
@@ -205,7 +233,9 @@ class Worker:
         self._failures[name] = 0
 
     def _count(self) -> None:
-        self.counts = {name: Load(batcher.counts(), batcher.bits) for name, batcher in self._batchers.items()}
+        self.counts = {
+            name: Load(batcher.counts(), batcher.bits, batcher.speculated()) for name, batcher in self._batchers.items()
+        }
 
     def _check(self) -> None:
         for name, batcher in self._batchers.items():
@@ -226,6 +256,15 @@ class Worker:
                 del self._inboxes[id]
         if parcels:
             self._loop.call_soon_threadsafe(_deliver, parcels)
+
+
+def _ordinary(error: BaseException) -> Exception:
+    """A panic of a library, or a call of exit, is no Exception: in an event loop it would end the server."""
+    return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _broken() -> EverybitError:
+    return ModelError("the models run no more: the server's log says why")
 
 
 def _deliver(parcels: Mapping[Inbox, Sequence[Event | BaseException]]) -> None:
