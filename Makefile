@@ -13,7 +13,7 @@ STAMP := $(VENV)/.everybit-setup
 NATIVE := $(shell find native -type f \( -name '*.cc' -o -name '*.h' -o -name 'CMakeLists.txt' \) 2>/dev/null)
 CXX_FORMATTED := $(filter %.cc %.h,$(NATIVE)) $(wildcard src/everybit/gpu/cuda/*.cu src/everybit/gpu/cuda/*.cuh tests/gpu/*.h tests/gpu/*.cc)
 
-.PHONY: help setup check format test test-all test-native bench demo clean
+.PHONY: help setup clients check format test test-all test-native bench demo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/  \1\t/' | expand -t 14
@@ -23,6 +23,9 @@ setup: $(STAMP)  ## create the environment and build the native part; run again 
 $(STAMP): pyproject.toml scripts/setup.sh $(NATIVE)
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH_INDEX="$(TORCH_INDEX)" bash scripts/setup.sh
 	@touch $@
+
+clients: setup  ## other people's clients, for the tests that try the server with them (800 MB; absent, these tests skip)
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["clients"], sep="\n")' | $(BIN)/pip install --quiet -r /dev/stdin
 
 check: setup  ## lint, format, types, import rules
 	$(BIN)/ruff check .

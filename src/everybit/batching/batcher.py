@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -95,6 +96,7 @@ class Batcher:
             queue=queue,
         )
         self._streams: dict[Hashable, _Stream] = {}
+        self._later: deque[Precision] = deque()
         if draft_bits is not None:
             choose_bits(runtime, draft_bits)  # or it is refused
         self._speculation = Speculation(runtime.bits, draft_bits) if speculate and runtime.bits else None
@@ -140,6 +142,17 @@ class Batcher:
         if self._speculation is not None:
             stateless = constraint is None and not sampling.penalizes
             self._speculation.join(request.id, request.prompt, sampling, stateless)
+
+    def prepare_later(self, precisions: Iterable[Precision]) -> None:
+        """What `prepare_next` is to make ready, while there is nothing else to do."""
+        self._later.extend(precisions)
+
+    def prepare_next(self) -> bool:
+        """One of them. False where none is left. Raises: FormatError, ChecksumError"""
+        if not self._later:
+            return False
+        self._runtime.native.prepare(self._later.popleft())
+        return True
 
     def _prepare(self, needed: Sequence[Precision]) -> None:
         """Those, and what may draft for them."""

@@ -63,7 +63,7 @@ class Served:
         target: Target,
         speculate: bool,
     ) -> Served:
-        """Opens a folder and makes everything ready that requests of the default precision need.
+        """Opens a folder and makes the default precision ready, of `auto` its highest; the batcher makes the others.
 
         `sequences`: the KV cache has room for so many sequences of a full context, shared by all.
         Raises: FormatError, ModelError, SourceError, PrecisionError
@@ -85,8 +85,9 @@ class Served:
             )
             known = {key: Plan.open(path, runtime.checkpoint.overlay) for key, path in plans.items()}
             served = cls(name, runtime, batcher, Tokenizer.open(folder), known, bits)
-            for one in served.needed(served.default):
-                runtime.native.prepare(one)
+            highest, *others = reversed(served.needed(served.default))
+            runtime.native.prepare(highest)
+            batcher.prepare_later(others)
         except BaseException:
             runtime.close()
             raise

@@ -198,7 +198,7 @@ class Worker:
                 if batcher.busy:
                     busy = True
                     self._step(name, batcher)
-            if busy:
+            if busy or self._prepare():
                 idle = False
                 continue
             self._wake.wait(None if idle else IDLE_CHECK_S)
@@ -206,6 +206,16 @@ class Worker:
                 idle = True
                 self._check()
             self._wake.clear()
+
+    def _prepare(self) -> bool:
+        """Makes one more precision ready; false where all are that requests are expected to need."""
+        for name, batcher in self._batchers.items():
+            try:
+                if batcher.prepare_next():
+                    return True
+            except EverybitError as error:
+                LOG.error("%s: %s", name, error)
+        return False
 
     def _step(self, name: str, batcher: Batcher) -> None:
         try:
