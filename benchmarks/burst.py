@@ -6,8 +6,8 @@ First, the capacity: the highest rate, of rates a factor 1.25 apart, at which th
 is still 0.9 (Etalon's deadlines; TTFT and TPOT targets below). Then, for each mode, a calm time at half the capacity
 of 8 bits, the burst at twice of it, and a calm time again. Arrivals have the gaps of the trace, stretched to the rate;
 prompts and answers its lengths, divided (--shrink, --shrink-answers) so that a CPU can serve them at all: it reads
-prompts at some 300 tokens/s at every precision, so precision helps where answers are most of the work. A request that is
-refused or fails counts as one whose every token missed. One JSON line a run.
+prompts at some 300 tokens/s at every precision, so precision helps where answers are most of the work. A request that
+is refused or fails counts as one whose every token missed. One JSON line a run.
 """
 
 from __future__ import annotations
@@ -122,10 +122,14 @@ def main() -> int:
     parser.add_argument("--ttft-ms", type=float, default=2000)
     parser.add_argument("--tpot-ms", type=float, default=100)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--speculation", action="store_true", help="let the server draft; random weights repeat themselves"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     target = Target(int(args.ttft_ms * 1e6), int(args.tpot_ms * 1e6))
     options = ["--threads", str(args.threads), "--ttft-ms", str(args.ttft_ms), "--tpot-ms", str(args.tpot_ms)]
+    options += [] if args.speculation else ["--no-speculation"]
     trace = read_trace(args.trace, args.shrink, 1000, args.shrink_answers)
     about = {
         "overlay": args.overlay.name,

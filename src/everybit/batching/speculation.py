@@ -23,6 +23,7 @@ from everybit.engine.sampling import Sampling
 NGRAM = 0  # the source that is no precision
 LONGEST = 8  # tokens guessed at once
 ROWS = 64  # and of all sequences in a step: rows of logits, a vocabulary wide each, are kept at once
+CROWD = 4  # sequences, beyond which nothing is guessed: their batch reads the weights for many tokens anyway
 WORTH = 1.05  # the predicted gain from which guessing is done
 QUIET = 64  # steps without it, after which it is tried, and the other way round
 PROBE = 0.01  # of the time since, and no more, a try may cost
@@ -182,6 +183,8 @@ class Speculation:
     def ahead(self) -> dict[Hashable, int]:
         """The room that sequences ask for in the next step; none in most where guessing does not pay."""
         self._plans += 1
+        if len(self._streams) > CROWD:
+            return {}
         if self._quiet > _CALM and self._plans % _CALM:
             self._quiet, self._quiet_ns = self._quiet + 1, self._quiet_ns + self._plain_ns
             return {}
