@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from typing import Any
 
 import httpx
@@ -235,7 +236,11 @@ def test_health_metrics_status_and_page(server: Running) -> None:
 
 def test_the_log_says_what_was_served(server: Running) -> None:
     complete(server, precision=3, user="somebody", ignore_eos=True)
-    line = server.lines()[-1]
+    for _ in range(50):  # it is written after the answer
+        line = server.lines()[-1]
+        if line.get("user"):
+            break
+        time.sleep(0.02)
     assert line["user"] == "somebody"
     assert line["tokens_by_bits"] == {"3": 16}
     assert line["status"] == 200

@@ -52,9 +52,7 @@ def read_tools(served: Served, given: Sequence[Mapping[str, Any]] | None, choice
             raise RequestError("tool_choice", "asks for a call, and there are no tools")
         return Tools()
     tools = [dict(tool) for tool in given]
-    if served.template is None:
-        raise RequestError("tools", "cannot be given to this model: it has no chat template")
-    format = ToolFormat.detect(served.template.source, served.tokenizer_json)
+    format = served.tool_format
     mode, allowed = choose(choice, parse_tools(tools))
     if mode == "none":
         return Tools(tools, format)

@@ -21,6 +21,7 @@ from everybit.errors import ContextError, ModelError, PrecisionError, RequestErr
 from everybit.server.grammar import Grammars
 from everybit.server.problems import Problem
 from everybit.server.template import ChatTemplate
+from everybit.server.tools import ToolFormat
 from everybit.tokenizer import Tokenizer
 
 _ALIAS = re.compile(r"(.+)@(?:([0-9])bit|(auto)|(.+))")
@@ -99,6 +100,13 @@ class Served:
         with self._lock:
             found: Grammars | None = self.__dict__.get("grammars")
             return found or Grammars(self.tokenizer_json, self.runtime.vocabulary, self.tokenizer.eos_ids)
+
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes calls of tools. Raises: RequestError (it has no way to)"""
+        if self.template is None:
+            raise RequestError("tools", "cannot be given to this model: it has no chat template")
+        return ToolFormat.detect(self.template.source, self.tokenizer_json)
 
     def needed(self, bits: Precision | Auto) -> Sequence[Precision]:
         """The precisions that a request at `bits` may run at."""
