@@ -385,7 +385,7 @@ def test_a_cancelled_request_leaves_its_blocks() -> None:
 
 
 def test_what_can_never_run_is_refused_with_the_arithmetic() -> None:
-    scheduler = Scheduler(blocks=4, block_tokens=SIZE, context=32, queue=1)
+    scheduler = Scheduler(blocks=4, block_tokens=SIZE, context=32, most=1, queue=0)
     with pytest.raises(
         RequestError, match=r"a prompt of 10 tokens and 8 more are 18 tokens in 5 KV blocks of 4.*are 4"
     ):
@@ -397,7 +397,7 @@ def test_what_can_never_run_is_refused_with_the_arithmetic() -> None:
     scheduler.submit(request(0, [1] * 9, 8))  # 16 computed tokens are 4 blocks
     with pytest.raises(RequestError, match="0 is in use"):
         scheduler.submit(request(0, [1], 1))
-    with pytest.raises(BusyError, match="1 requests wait, the most is 1"):
+    with pytest.raises(BusyError, match="1 requests run or wait, 1 may run and 0 wait"):
         scheduler.submit(request(1, [1], 1))
     with pytest.raises(RequestError, match="expected 1 to the budget"):
         Scheduler(blocks=4, block_tokens=SIZE, context=32, budget=2, most=3)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.server.conftest import Running, events
+from tests.server.conftest import Running, events, running
 
 BITS = (2, 3, 4, 6, 8)
 USER = [{"role": "user", "content": "Name three colours."}]
@@ -219,6 +222,65 @@ def test_a_beginning_that_was_read_before_is_not_read_again(server: Running) -> 
     elsewhere = complete(server, **{**body, "cache_salt": "two"})
     assert elsewhere["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     assert elsewhere["choices"] == complete(server, **body)["choices"]
+
+
+def test_the_prompt_of_several_choices_is_cached_once(server: Running) -> None:
+    usage = complete(server, prompt="once " * 40, precision=4, n=4, max_tokens=2, cache_salt="n")["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+    assert usage["prompt_tokens"] == 201
+
+
+def test_unknown_parts_of_known_fields_are_refused(server: Running) -> None:
+    body = {"model": "chat", "prompt": "abc", "stream": True, "stream_options": {"include_usage": True, "more": 1}}
+    assert server.post("/v1/completions", body).status_code == 400
+    assert server.post("/tokenize", {"model": "chat", "prompt": "abc", "more": 1}).status_code == 400
+
+
+def test_float_weights_are_served_and_talked_to(tiny_llama: Path, tmp_path: Path) -> None:
+    """And with no queue: what can run runs, more is refused."""
+    with running(tiny_llama, "--queue", "0", "--budget", "8", log=tmp_path / "log") as found:
+        answer = complete(found, precision=None, max_tokens=20, ignore_eos=True)
+        assert answer["usage"]["tokens_by_bits"] == {"0": 20}
+        assert len(complete(found, precision=None, n=8)["choices"]) == 8
+        refused = found.post("/v1/completions", {"model": "chat", "prompt": "abc", "n": 9})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+        assert found.post("/v1/completions", {"model": "chat", "prompt": "abc", "precision": 4}).status_code == 400
+    command = [
+        sys.executable,
+        "-m",
+        "everybit.cli.main",
+        "chat",
+        str(tiny_llama),
+        "--max-tokens",
+        "8",
+        "--threads",
+        "1",
+    ]
+    said = subprocess.run(command, input="Hello\n/bits 3\n/new\nAgain\n", text=True, capture_output=True, check=True)
+    assert said.stderr.count("tokens, first after") == 2
+    assert "one precision" in said.stderr
+
+
+def test_a_key_counts_what_generates(chat_overlay: Path, tmp_path: Path) -> None:
+    """A key of one request at a time may ask for tokens, and change the precision of its own, meanwhile."""
+    keys = tmp_path / "keys"
+    keys.write_text(f"one {'k' * 20} concurrency=1\n")
+    with running(chat_overlay, "--keys", str(keys), "--allow-host", "MyBox", log=tmp_path / "log") as found:
+        found.headers = {"Authorization": f"Bearer {'k' * 20}", "Host": "mybox"}
+        body = {
+            "model": "chat",
+            "prompt": "abc",
+            "max_tokens": 2000,
+            "precision": 8,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        with found.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            id = json.loads(next(lines).removeprefix("data: "))["id"]
+            assert found.post(f"/v1/requests/{id}/precision", {"precision": 3}).status_code == 200
+            assert found.post("/tokenize", {"prompt": "abc"}).status_code == 200
+            assert found.post("/v1/completions", {"model": "chat", "prompt": "abc"}).status_code == 429
 
 
 def test_health_metrics_status_and_page(server: Running) -> None:

@@ -186,6 +186,11 @@ class Batcher:
         return self._ladder.bits
 
     @property
+    def capacity(self) -> int:
+        """Requests that may be there, running or waiting."""
+        return self._scheduler.capacity
+
+    @property
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
         return bool(self._streams)

@@ -64,7 +64,8 @@ class Costs:
         weight, x, xx, y, xy = self._sums[known]
         spread = weight * xx - x * x
         slope = max(0.0, (weight * xy - x * y) / spread) if spread > 1e-6 * weight * xx else 0.0
-        return (y - slope * x) / weight * bits / known, slope * bits / known
+        share = bits / known if known else 1.0  # float weights are known by 0
+        return (y - slope * x) / weight * share, slope * share
 
 
 class Ladder:

@@ -116,14 +116,20 @@ class Scheduler:
         self._arrivals = self._preempted = self._tokens_cached = 0
         self._batch: list[tuple[_Sequence, Part]] = []
 
+    @property
+    def capacity(self) -> int:
+        """Requests that may be there, running or waiting."""
+        return self._most + self._queue
+
     def submit(self, request: Request) -> None:
         """Raises: RequestError where it can never run, with the arithmetic; BusyError where the queue is full"""
         if request.id in self._sequences:
             raise RequestError("id", f"{request.id!r} is in use: give every request its own")
         self.require_fit(request)
-        waiting = sum(not s.started for s in self._sequences.values())
-        if waiting >= self._queue:
-            raise BusyError(f"{waiting} requests wait, the most is {self._queue}: try again later")
+        if len(self._sequences) >= self.capacity:
+            raise BusyError(
+                f"{len(self._sequences)} requests run or wait, {self._most} may run and {self._queue} wait: try later"
+            )
         rank = (request.priority, request.deadline, self._arrivals)
         self._arrivals += 1
         self._sequences[request.id] = _Sequence(request, rank, self._blocks.path(), list(request.prompt), request.bits)

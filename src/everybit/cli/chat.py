@@ -45,9 +45,11 @@ def run(args: argparse.Namespace) -> int:
         raise SourceError("chatting needs jinja2, which is not installed: pip install 'everybit[serve]'")
     from everybit.batching.batcher import Batcher
     from everybit.engine.runtime import Runtime
+    from everybit.engine.sampling import Sampling
     from everybit.server.template import ChatTemplate
     from everybit.tokenizer import Tokenizer
 
+    Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed or 0)  # or it is refused, at once
     with Runtime.open(args.overlay, threads=args.threads, mode=args.mode, context=args.context) as runtime:
         conversation = Conversation(
             runtime, Batcher(runtime), Tokenizer.open(args.overlay), ChatTemplate.open(args.overlay), args
@@ -165,6 +167,8 @@ def talk(conversation: Conversation, lines: Iterator[str]) -> None:
                 print(f"everybit: {figures}", file=sys.stderr)
         except EverybitError as error:
             print(f"everybit: error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:  # while an answer was prepared
+            print(file=sys.stderr)
 
 
 def _lines() -> Iterator[str]:

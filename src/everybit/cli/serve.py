@@ -21,7 +21,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="serve every precision over HTTP, OpenAI-compatible",
         description="Serve models over HTTP: OpenAI-compatible, the precision chosen by request or by load.",
     )
-    parser.add_argument("overlays", nargs="+", metavar="[NAME=]MODEL", help="folders made by everybit quantize")
+    parser.add_argument(
+        "overlays", nargs="+", metavar="[NAME=]MODEL", help="folders made by everybit quantize, or float models"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="default 8000; 0: any that is free")
     parser.add_argument(
@@ -56,7 +58,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     door = parser.add_argument_group("door")
     door.add_argument("--keys", type=Path, metavar="FILE", help="lines of NAME KEY [concurrency=N] [priority=N]")
     door.add_argument("--no-key", action="store_true", help="let everybody in on an address that is not local")
-    door.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="names it is asked for under")
+    door.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another host name to answer to; may be repeated",
+    )
     door.add_argument("--strict", action="store_true", help="refuse fields that nobody knows")
     door.add_argument("--timeout-s", type=float, default=600, metavar="S", help="for a whole request (default 600)")
     door.add_argument("--drain-s", type=float, default=30, metavar="S", help="for what runs at SIGTERM (default 30)")
@@ -104,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         ("tpot_ms", 1),
     ):
         if not lowest <= getattr(args, name) <= 1e9:
-            raise SourceError(f"--{name.replace('_', '-')} {getattr(args, name):g}: expected {lowest} or more")
+            raise SourceError(f"--{name.replace('_', '-')} {getattr(args, name):g}: expected {lowest} to 1e9")
     if not 0 <= args.port < 65536:
         raise SourceError(f"--port {args.port}: expected 0 to 65535")
     keys = Keys.read(args.keys)
@@ -139,7 +147,8 @@ def run(args: argparse.Namespace) -> int:
         target=Target(int(args.ttft_ms * 1e6), int(args.tpot_ms * 1e6)),
         speculate=not args.no_speculation,
     )
-    hosts = {"localhost", "127.0.0.1", "::1", args.host, *args.allow_host} if local or args.allow_host else ()
+    names = {"localhost", "127.0.0.1", "::1", args.host, *args.allow_host} if local or args.allow_host else set()
+    hosts = {name.lower() for name in names}
     settings = Settings(
         queue=args.queue,
         timeout_s=args.timeout_s,
@@ -210,7 +219,7 @@ def _pairs(given: list[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for one in given:
         name, mark, path = one.partition("=")
-        if not mark or not name or name == "auto" or name.isdecimal() or name in found:
-            raise SourceError(f"--plan {one}: expected NAME=FILE with a name of its own that is no precision")
+        if not mark or name in found or not re.fullmatch(r"(?!auto$|\d*$|\dbit$)[^@]+", name):
+            raise SourceError(f"--plan {one}: expected NAME=FILE with a name of its own, no precision, no @")
         found[name] = Path(path).expanduser()
     return found

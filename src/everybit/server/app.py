@@ -99,8 +99,7 @@ class Server:
         batchers = {name: served.batcher for name, served in self.models.items()}
         loop = asyncio.get_running_loop()
         self.worker = Worker(batchers, loop, lambda name, events: self.metrics.step(self.models[name], events))
-        most = self.settings.queue + 64
-        self.live = Live(self.worker, most, self.settings.timeout_s)
+        self.live = Live(self.worker, self.settings.timeout_s)
         self.worker.start()
         try:
             yield
@@ -113,7 +112,7 @@ class Server:
             return Problem(503, "the models do not run", code="not_ready")
         if self.draining:
             return Problem(503, "the server is shutting down", code="draining")
-        if any(self.live.sequences(served) >= self.live.most for served in self.models.values()):
+        if any(self.live.sequences(served) >= served.batcher.capacity for served in self.models.values()):
             return Problem(503, "the queue is full", code="queue_full")
         return None
 

@@ -87,7 +87,7 @@ class Asking:
                 )
         if max_tokens is not None and max_tokens < 1:
             raise RequestError("max_tokens", f"{max_tokens}: expected 1 or more")
-        if fields.precision is not None and self._in_name is not None and fields.precision != self._in_name:
+        if fields.precision is not None and self._in_name is not None and str(fields.precision) != str(self._in_name):
             raise RequestError("precision", f"is {fields.precision} and the model's name says {self._in_name}")
         asked = self._in_name if fields.precision is None else fields.precision
         stop_ids = set(fields.stop_token_ids or ())

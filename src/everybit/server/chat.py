@@ -94,7 +94,10 @@ async def chat(asking: Asking, fields: ChatRequest, metrics: Metrics) -> Respons
     given = [tool.model_dump(exclude_none=True) for tool in fields.tools or ()]
     size = sum(len(message["content"]) for message in messages)
     prompt = await reading(size, render, served, messages, given if fields.tool_choice != "none" else None)
-    tools, grammar = await compiling(_grammars, asking, fields, given)
+    if given or fields.response_format or fields.constrained:
+        tools, grammar = await compiling(_grammars, asking, fields, given)
+    else:  # nothing to compile, so no waiting behind those who have
+        tools, grammar = _grammars(asking, fields, given)
     ask = asking.ask(
         [prompt],
         n=fields.n or 1,

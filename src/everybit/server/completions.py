@@ -60,6 +60,7 @@ async def complete(asking: Asking, fields: CompletionRequest, metrics: Metrics) 
         return generation.usage.document()
 
     def note() -> None:
+        usage_document()
         asking.note(generation, metrics)
 
     if not fields.stream:

@@ -25,6 +25,7 @@ from everybit.server.problems import Problem, problem_of
 
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _OPEN = ("/health", "/ready", "/", "/page/", "/openapi.json", "/docs")  # without a key
+GENERATES = ("/v1/completions", "/v1/chat/completions", "/v1/responses")  # what a key's concurrency counts
 _SECURE = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -87,7 +88,7 @@ class Edge:
             if key is not None:
                 line["key"] = key.name
                 scope["state"]["key"] = key
-                key.running += 1
+                key.running += scope["path"] in GENERATES
             if scope["method"] == "POST":
                 body = await self._body(headers, receive)
                 scope["state"]["json"] = read_json(body, self.limits.depth)
@@ -105,7 +106,7 @@ class Edge:
                     await send_problem(problem, answer)
         finally:
             if key is not None:
-                key.running -= 1
+                key.running -= scope["path"] in GENERATES
             line["status"], line["s"] = status, round(time.perf_counter() - began, 6)
             write(line)
 
@@ -131,7 +132,7 @@ class Edge:
         if scope["method"] == "POST":
             if self.draining:
                 raise Problem(503, "the server is shutting down: ask another", code="draining")
-            if key.running >= key.concurrency:
+            if path in GENERATES and key.running >= key.concurrency:
                 raise Problem(429, f"{key.running} requests of this key run, {key.concurrency} may", code="key_busy")
             if headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
                 raise Problem(415, "expected Content-Type: application/json")

@@ -60,6 +60,10 @@ _HARMLESS: dict[str, Sequence[Any]] = {
     "store": (None, False),
     "truncation": (None, "disabled"),
     "include": (None, []),
+    "length_penalty": (None, 1),
+    "min_tokens": (None, 0),
+    "priority": (None, 0),
+    "use_beam_search": (None, False),
 }
 _REFUSED_VALUES = {
     "modalities": _TEXT_ONLY,
@@ -74,7 +78,13 @@ class Fields(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
-class StreamOptions(Fields):
+class Closed(Fields):
+    """All of whose fields are known."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Closed):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
@@ -174,14 +184,14 @@ class CompletionRequest(Common):
     stream_options: StreamOptions | None = None
 
 
-class Function(Fields):
+class Function(Closed):
     name: str = Field(max_length=64)
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(Fields):
+class Tool(Closed):
     type: Literal["function"]
     function: Function
 
@@ -230,7 +240,7 @@ class ResponsesRequest(Common):
     metadata: Metadata | None = Field(None, max_length=16)
 
 
-class TokenizeRequest(Fields):
+class TokenizeRequest(Closed):
     """POST /tokenize: of a text, or of a conversation as the model's template writes it.
 
     `model` may be left out where there is one.
@@ -242,7 +252,7 @@ class TokenizeRequest(Fields):
     add_special_tokens: bool = True
 
 
-class DetokenizeRequest(Fields):
+class DetokenizeRequest(Closed):
     """POST /detokenize"""
 
     model: str | None = Field(None, max_length=256)
@@ -256,7 +266,7 @@ class EmbeddingsRequest(Fields):
     input: Prompt
 
 
-class SwitchRequest(Fields):
+class SwitchRequest(Closed):
     """POST /v1/requests/{id}/precision. `recompute`: what the request has read and written so far, too."""
 
     precision: Int | str

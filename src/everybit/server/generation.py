@@ -76,8 +76,8 @@ class Usage:
 class Live:
     """The generations of a server that run, and the limits for them."""
 
-    def __init__(self, worker: Worker, most: int, timeout_s: float) -> None:
-        self.worker, self.most, self.timeout_s = worker, most, timeout_s
+    def __init__(self, worker: Worker, timeout_s: float) -> None:
+        self.worker, self.timeout_s = worker, timeout_s
         self.generations: dict[str, Generation] = {}
 
     def sequences(self, served: Served) -> int:
@@ -99,6 +99,7 @@ class Generation:
         self.ask, self.id, self.key = ask, id, key
         self.usage = Usage(prompt_tokens=sum(len(p) for p in ask.prompts))
         self.running: set[int] = set()
+        self.began = self.complete = False  # complete: every choice came to its end
         self.first_s: float | None = None  # from the beginning to the first token
         self.seconds = 0.0  # from the beginning to the end
         self._live, self._inbox = live, Inbox()
@@ -134,13 +135,12 @@ class Generation:
             served.batcher.require_fit(job.request)
         if any(token >= served.runtime.vocabulary for token, _ in self.ask.sampling.logit_bias):
             raise RequestError("logit_bias", f"expected token ids below {served.runtime.vocabulary}")
-        active = self._live.sequences(served)
-        if active and active + len(self._jobs) > self._live.most:
-            raise BusyError(
-                f"{active} sequences run or wait and {len(self._jobs)} more arrived, the most is {self._live.most}: "
-                "try again later"
-            )
-        self.running = set(range(len(self._jobs)))
+        active, most, more = self._live.sequences(served), served.batcher.capacity, len(self._jobs)
+        if more > most:
+            raise RequestError("n", f"makes {more} sequences of this request, the most that may run and wait is {most}")
+        if active + more > most:
+            raise BusyError(f"{active} sequences run or wait and {more} more came, the most is {most}: try again later")
+        self.running, self.began = set(range(len(self._jobs))), True
         self._live.generations[self.id] = self
         loop = asyncio.get_running_loop()
         late = Problem(504, f"not done within {self._live.timeout_s:g} s, the most a request may take", code="timeout")
@@ -165,6 +165,7 @@ class Generation:
     async def set_bits(self, bits: Precision, recompute: bool) -> int:
         """All choices that run, from the next step on. Returns how many. Raises: as Batcher.set_bits"""
         worker, name = self._live.worker, self.ask.served.name
+        self._jobs = [replace(job, request=replace(job.request, bits=bits)) for job in self._jobs]  # those to come
         return sum([await worker.set_bits(name, (self.id, i), bits, recompute) for i in sorted(self.running)])
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
@@ -189,7 +190,8 @@ class Generation:
     def _add(self, event: Event, piece: Piece) -> None:
         if event.reason == "error":
             raise Problem(500, event.problem, code="model_failed")
-        self.usage.cached_tokens += event.cached
+        if piece.index % self.ask.n == 0:  # the prompt counts once, too
+            self.usage.cached_tokens += event.cached
         first = piece.index - piece.index % self.ask.n
         if first not in self._seen_prompts:
             self._seen_prompts.add(first)
@@ -220,6 +222,7 @@ class Generation:
             self._timer.cancel()
         self.seconds = time.perf_counter() - self._begin
         self._inbox.close()
+        self.complete = self.began and not self.running
         if self.running:
             self._live.worker.cancel(self.ask.served.name, [(self.id, index) for index in self.running])
         self.running = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,7 +53,7 @@ class Keys:
             keys = [_key(line.split(), f"{path}, line {i}") for i, line in enumerate(lines, 1) if _says(line)]
             if not keys:
                 raise SourceError(f"{path} holds no key: expected lines of NAME KEY [concurrency=N] [priority=N]")
-        if found := environment.get(VARIABLE):
+        if found := environment.get(VARIABLE, "").strip():
             keys.append(_key(["default", found], f"${VARIABLE}"))
         for what, values in (("name", [key.name for key in keys]), ("key", [key.digest for key in keys])):
             if len(set(values)) < len(keys):
@@ -84,7 +85,7 @@ def _key(words: list[str], where: str) -> Key:
     key = Key(words[0], _digest(words[1]))
     for word in words[2:]:
         option, _, value = word.partition("=")
-        if option not in _OPTIONS or not value.lstrip("-").isdecimal():
+        if option not in _OPTIONS or not re.fullmatch(r"-?[0-9]{1,9}", value):
             raise SourceError(f"{where}: an option is wrong, expected concurrency=N or priority=N")
         lowest, highest = _OPTIONS[option]
         if not lowest <= int(value) <= highest:

@@ -1,4 +1,4 @@
-"""Prometheus metrics, under the names of vLLM's with another prefix, and with the precision as a label."""
+"""Prometheus metrics, much under the names of vLLM's with another prefix, and with the precision as a label."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ class Metrics:
         return sum(number for at, number in list(self._recent.get(name, ())) if at >= since) / _WINDOW_S
 
     def ended(self, name: str, generation: Generation) -> None:
-        self._ended.labels(name).inc()
+        if generation.complete:
+            self._ended.labels(name).inc()
         self._prompt.labels(name).inc(generation.usage.prompt_tokens)
         self._whole.labels(name).observe(generation.seconds)
         if generation.first_s is not None:

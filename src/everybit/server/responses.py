@@ -24,7 +24,10 @@ async def respond(asking: Asking, fields: ResponsesRequest, metrics: Metrics) ->
     """Raises: what problem_of knows"""
     served = asking.served
     messages = read_messages(_messages(fields))
-    tools, grammar, given = await compiling(_grammars, asking, fields)
+    if fields.tools or fields.text or fields.constrained:
+        tools, grammar, given = await compiling(_grammars, asking, fields)
+    else:
+        tools, grammar, given = _grammars(asking, fields)
     size = sum(len(message["content"]) for message in messages)
     prompt = await reading(size, render, served, messages, given if fields.tool_choice != "none" else None)
     ask = asking.ask(
@@ -41,6 +44,8 @@ async def respond(asking: Asking, fields: ResponsesRequest, metrics: Metrics) ->
         asking.note(generation, metrics)
 
     if not fields.stream:
+        if fields.stream_options is not None:
+            raise RequestError("stream_options", "goes with stream only")
         receive = asking.request.receive
         return await collect(generation, receive, answer.take, asking.headers, answer.document, note)
     return EventStream(generation, answer.frames, answer.last, asking.headers, note, answer.failed)

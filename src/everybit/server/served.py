@@ -32,7 +32,14 @@ class Served:
     """Made with `Served.open`. `default` is the precision of requests that name none."""
 
     def __init__(
-        self, name: str, runtime: Runtime, batcher: Batcher, tokenizer: Tokenizer, plans: dict[str, Plan], default: str
+        self,
+        name: str,
+        runtime: Runtime,
+        batcher: Batcher,
+        tokenizer: Tokenizer,
+        plans: dict[str, Plan],
+        default: str,
+        arithmetic: str = "",
     ) -> None:
         self.name, self.runtime, self.batcher, self.tokenizer, self.plans = name, runtime, batcher, tokenizer, plans
         folder = runtime.checkpoint.folder
@@ -41,9 +48,8 @@ class Served:
         self._longest = tokenizer.longest()
         self._lock = threading.Lock()
         self.created = int(time.time())
-        overlay = runtime.checkpoint.overlay
-        weights = identity(overlay) if overlay else hashlib.sha256(str(folder).encode()).hexdigest()
-        self.fingerprint = f"everybit-{weights.removeprefix('sha256:')[:12]}"
+        self.fingerprint = f"everybit-{_weights(runtime)[:12]}"
+        self._arithmetic = arithmetic
         self.default: Precision | Auto = self._default(default)
 
     @classmethod
@@ -85,7 +91,7 @@ class Served:
                 runtime, budget=budget, most=min(64, budget), queue=queue, target=target, speculate=speculate
             )
             known = {key: Plan.open(path, runtime.checkpoint.overlay) for key, path in plans.items()}
-            served = cls(name, runtime, batcher, Tokenizer.open(folder), known, bits)
+            served = cls(name, runtime, batcher, Tokenizer.open(folder), known, bits, f"{mode}-{kv_dtype}")
             highest, *others = reversed(served.needed(served.default))
             runtime.native.prepare(highest)
             batcher.prepare_later(others)
@@ -192,7 +198,7 @@ class Served:
     def system_fingerprint(self, bits: Precision | Auto) -> str:
         """Same fingerprint, seed and request: same text. An `auto` request has none of its own before it has run."""
         at = "auto" if isinstance(bits, Auto) else self.label(bits)
-        return f"{self.fingerprint}-{at}{'bit' if isinstance(at, int) else ''}-{self.runtime.isa}"
+        return f"{self.fingerprint}-{at}{'bit' if isinstance(at, int) else ''}-{self.runtime.isa}-{self._arithmetic}"
 
     def cards(self) -> list[dict[str, Any]]:
         """The entries of /v1/models: the model itself, then one for each precision and plan."""
@@ -215,6 +221,15 @@ class Served:
             }
             for id, of in names
         ]
+
+
+def _weights(runtime: Runtime) -> str:
+    """A name for the weights: of an overlay its checksums', of float models their files' sizes and times."""
+    overlay, folder = runtime.checkpoint.overlay, runtime.checkpoint.folder
+    if overlay is not None:
+        return identity(overlay).removeprefix("sha256:")
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 def find(models: dict[str, Served], asked: str) -> tuple[Served, int | str | None]:

@@ -32,8 +32,8 @@ def frame(document: Mapping[str, Any], event: str | None = None) -> bytes:
 
 
 @asynccontextmanager
-async def _watched(generation: Generation, receive: Receive) -> AsyncIterator[None]:
-    """Abandons the generation when the client goes; closes it at the end."""
+async def _watched(generation: Generation, receive: Receive, note: Callable[[], None]) -> AsyncIterator[None]:
+    """Abandons the generation when the client goes; at the end closes it, and notes it where it began."""
 
     async def wait() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -46,6 +46,8 @@ async def _watched(generation: Generation, receive: Receive) -> AsyncIterator[No
     finally:
         watch.cancel()
         generation.close()
+        if generation.began:
+            note()
 
 
 class Gone(Exception):  # noqa: N818 - nobody's error
@@ -61,14 +63,13 @@ async def collect(
     note: Callable[[], None],
 ) -> Response:
     """Everything in one JSON answer. Raises: what went wrong, Gone"""
-    async with _watched(generation, receive):
+    async with _watched(generation, receive, note):
         generation.start()
         async for pieces in generation.pieces():
             for piece in pieces:
                 take(piece)
-        note()
-        if generation.running:
-            raise Gone
+    if not generation.complete:
+        raise Gone
     return JSONResponse(document(), headers=dict(headers))
 
 
@@ -104,18 +105,18 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": body, "more_body": more})
 
         try:
-            async with _watched(self._generation, receive):
+            async with _watched(self._generation, receive, self._note):
                 self._generation.start()
                 async for pieces in self._generation.pieces():
                     await write(self._frames(pieces))
                 if not self._generation.running:
                     await write(self._last(), more=False)
-        except ConnectionError:
+            if not started:
+                raise Gone
+        except (ConnectionError, Gone):
             raise
         except Exception as error:
             if not started:
                 raise
             scope["state"]["line"]["problem"] = f"{type(error).__name__}: {error}"[:500]
             await write(self._error(problem_of(error)), more=False)
-        finally:
-            self._note()
