@@ -197,8 +197,8 @@ class Served:
 
     def system_fingerprint(self, bits: Precision | Auto) -> str:
         """Same fingerprint, seed and request: same text. An `auto` request has none of its own before it has run."""
-        at = "auto" if isinstance(bits, Auto) else self.label(bits)
-        return f"{self.fingerprint}-{at}{'bit' if isinstance(at, int) else ''}-{self.runtime.isa}-{self._arithmetic}"
+        at = "auto" if isinstance(bits, Auto) else f"{bits}bit" if isinstance(bits, int) else self.label(bits)
+        return f"{self.fingerprint}-{at if bits else 'float'}-{self.runtime.isa}-{self._arithmetic}"
 
     def cards(self) -> list[dict[str, Any]]:
         """The entries of /v1/models: the model itself, then one for each precision and plan."""
