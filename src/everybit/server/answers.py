@@ -7,7 +7,7 @@ from typing import Any, Literal
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 
-_OPEN = ("/health", "/ready")  # without a key
+from everybit.server.edge import OPEN
 
 
 class Answer(BaseModel):
@@ -231,6 +231,6 @@ def describe_keys(app: FastAPI, needed: bool) -> None:
     schema = app.openapi()
     schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in schema["paths"].items():
-        if path not in _OPEN:
+        if path not in OPEN:
             for operation in operations.values():
                 operation["security"] = [{"key": []}] if needed else [{}, {"key": []}]

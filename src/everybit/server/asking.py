@@ -53,6 +53,8 @@ class Asking:
             raise RequestError(unknown[0], "is unknown, and this server takes known fields only (--strict)")
         if unknown:
             self.headers[IGNORED] = ",".join(_UNSAID.sub("?", name[:40]) for name in unknown[:16])
+        if fields.stream_options is not None and not fields.stream:
+            raise RequestError("stream_options", "goes with stream only")
         line = request.state.line
         line["model"] = self.served.name
         for name in ("user", "metadata"):

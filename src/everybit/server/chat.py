@@ -122,8 +122,6 @@ async def chat(asking: Asking, fields: ChatRequest, metrics: Metrics) -> Respons
         asking.note(generation, metrics)
 
     if not fields.stream:
-        if fields.stream_options is not None:
-            raise RequestError("stream_options", "goes with stream only")
 
         def document() -> dict[str, Any]:
             return {**head, "choices": [choice.whole() for choice in choices], "usage": generation.usage.document()}

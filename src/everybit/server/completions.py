@@ -64,8 +64,6 @@ async def complete(asking: Asking, fields: CompletionRequest, metrics: Metrics) 
         asking.note(generation, metrics)
 
     if not fields.stream:
-        if fields.stream_options is not None:
-            raise RequestError("stream_options", "goes with stream only")
 
         def document() -> dict[str, Any]:
             return {**head, "choices": [choice.whole() for choice in choices], "usage": usage_document()}

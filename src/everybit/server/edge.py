@@ -24,7 +24,7 @@ from everybit.server.log import write
 from everybit.server.problems import Problem, problem_of
 
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_OPEN = ("/health", "/ready", "/", "/page/", "/openapi.json", "/docs")  # without a key
+OPEN = ("/health", "/ready", "/", "/page/", "/openapi.json", "/docs")  # without a key
 GENERATES = ("/v1/completions", "/v1/chat/completions", "/v1/responses")  # what a key's concurrency counts
 _SECURE = [
     (b"x-content-type-options", b"nosniff"),
@@ -119,7 +119,7 @@ class Edge:
                 f"the server was asked for as {headers.get(b'host', b'').decode('latin-1')[:80]!r}: expected one of "
                 f"{', '.join(sorted(self.limits.hosts))}, or start it with --allow-host",
             )
-        if path in _OPEN or path.startswith("/page/"):
+        if path in OPEN or path.startswith("/page/"):
             return None
         key = self.keys.find(headers.get(b"authorization", b"").decode("latin-1"))
         if key is None:

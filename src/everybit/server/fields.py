@@ -117,6 +117,7 @@ class Common(Fields):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: Annotated[dict[str, float], _First] | None = Field(None, max_length=MOST_BIASES)
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Ints | None = Field(None, max_length=MOST_STOPS)
     precision: Int | str | None = None
@@ -181,7 +182,6 @@ class CompletionRequest(Common):
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     stop: Stop = None
-    stream_options: StreamOptions | None = None
 
 
 class Function(Closed):
@@ -217,7 +217,6 @@ class ChatRequest(Common):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     stop: Stop = None
-    stream_options: StreamOptions | None = None
     response_format: dict[str, Any] | None = None
     tools: Annotated[list[Tool], _First] | None = Field(None, max_length=128)
     tool_choice: str | dict[str, Any] | None = None
@@ -236,7 +235,6 @@ class ResponsesRequest(Common):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=0)
-    stream_options: StreamOptions | None = None
     metadata: Metadata | None = Field(None, max_length=16)
 
 

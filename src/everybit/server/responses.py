@@ -44,8 +44,6 @@ async def respond(asking: Asking, fields: ResponsesRequest, metrics: Metrics) ->
         asking.note(generation, metrics)
 
     if not fields.stream:
-        if fields.stream_options is not None:
-            raise RequestError("stream_options", "goes with stream only")
         receive = asking.request.receive
         return await collect(generation, receive, answer.take, asking.headers, answer.document, note)
     return EventStream(generation, answer.frames, answer.last, asking.headers, note, answer.failed)
