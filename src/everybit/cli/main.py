@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from everybit import __version__
+from everybit.cli.bench import with_command
 from everybit.errors import EverybitError
 
-COMMANDS = ("quantize", "generate", "chat", "serve", "inspect", "allocate", "eval", "compare", "probe")
+COMMANDS = ("quantize", "generate", "chat", "serve", "bench", "inspect", "allocate", "eval", "compare", "probe")
 USER_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -35,8 +36,8 @@ class UsageError(EverybitError):
     """Arguments that no command understands."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of every command. Imports the command modules, which import neither numpy nor torch."""
+def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The parser of `commands`. Imports the command modules, which import neither numpy nor torch."""
     parser = OneLineParser(
         prog="everybit",
         description="One set of weights, every bit-width: quantize a language model once, run it at 2 to 8 bits.",
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"everybit {__version__}")
     _add_debug(parser)
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for name in COMMANDS:
+    for name in commands:
         importlib.import_module(f"everybit.cli.{name}").add_parser(subparsers)
     for subparser in subparsers.choices.values():
         subparser.allow_abbrev = False  # an abbreviation that works today is another option tomorrow
@@ -58,15 +59,15 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="on an error show the whole trace")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, commands: Sequence[str] = COMMANDS) -> int:
     """Run one command and return its exit code; errors that a user can cause become one line on stderr."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = with_command(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode still gets its text
     try:
-        args = build_parser().parse_args(arguments)
+        args = build_parser(commands).parse_args(arguments)
         code: int = args.run(args)
         sys.stdout.flush()  # a reader that left is met here, not in the interpreter's shutdown
         return code

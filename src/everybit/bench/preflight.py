@@ -1,0 +1,122 @@
+"""A look at the endpoint before the run: is it there, which models has it, does it stream, how long are its tokens.
+
+What can only be a mistake (nobody listens, the key is refused, there is no such model) ends the bench here, in one
+line. A server that is merely busy does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from everybit.bench.answers import read_answer
+from everybit.bench.asks import Asking
+from everybit.bench.endpoint import PATHS, Endpoint
+from everybit.bench.http import Client, Exchange, Limits
+from everybit.bench.records import ERRORS, Record, Session, Turn
+from everybit.errors import SourceError
+
+_FATAL = ("connect", "tls", "resolve", "key", "missing", "redirect", "http", "refused")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of an endpoint. `chars_per_token` of prompts, and `extra_tokens` that its template adds to each."""
+
+    endpoint: Endpoint
+    asking: Asking
+    models: tuple[str, ...] = ()
+    server: str = ""
+    streams: bool = True
+    usage: bool = True
+    chars_per_token: float | None = None
+    extra_tokens: float = 0.0
+    notes: tuple[str, ...] = field(default=())
+
+
+def look(endpoint: Endpoint, asking: Asking, limits: Limits, text: Callable[[int], str]) -> Known:
+    """`text(words)` makes a prompt; an empty model in `asking` means the first that the server names.
+
+    Raises: SourceError
+    """
+    return asyncio.run(_look(endpoint.resolved(), asking, limits, text))
+
+
+async def _look(endpoint: Endpoint, asking: Asking, limits: Limits, text: Callable[[int], str]) -> Known:
+    client = Client(endpoint, limits)
+    reaper = asyncio.create_task(client.keep_reaping())
+    try:
+        exchange = await client.send("GET", "/models")
+        if exchange.error:
+            raise SourceError(f"{endpoint.url}: {ERRORS[exchange.error]} ({exchange.detail})")
+        models = _models(exchange)
+        if not asking.model:
+            if exchange.status in (401, 403):
+                raise SourceError(f"{endpoint.url}: {exchange.status}, the key was refused; give --key-env NAME")
+            if not models:
+                raise SourceError(f"{endpoint.url}/models: {exchange.status}, and no model's name; give --model NAME")
+            asking = replace(asking, model=models[0])
+        known = Known(endpoint, asking, models, exchange.headers.get("server", ""))
+        return await _calibrate(client, known, text)
+    finally:
+        reaper.cancel()
+        client.close()
+
+
+def _models(exchange: Exchange) -> tuple[str, ...]:
+    try:
+        return tuple(str(one["id"]) for one in json.loads(exchange.body)["data"]) if exchange.status == 200 else ()
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ()
+
+
+async def _calibrate(client: Client, known: Known, text: Callable[[int], str]) -> Known:
+    """Two prompts of different lengths: the difference of their tokens is text, the rest what the server adds."""
+    sizes: list[tuple[int, int]] = []
+    for words in (20, 120):
+        prompt = text(words)
+        record = await _ask(client, known.asking, prompt)
+        if record.error in ("refused", "server") and known.asking.usage and known.asking.stream:
+            plain = replace(known.asking, usage=False)  # perhaps it does not know stream_options
+            again = await _ask(client, plain, prompt)
+            if not again.error:
+                note = f"the server refuses stream_options ({record.detail}): token counts are by pieces"
+                known, record = replace(known, asking=plain, notes=(*known.notes, note)), again
+        if record.error in _FATAL:
+            hint = f"; it has {', '.join(known.models[:8])}" if record.error == "missing" and known.models else ""
+            raise SourceError(f"{known.endpoint.url}: {ERRORS[record.error]} ({record.detail}){hint}")
+        if record.error:
+            note = f"a first request failed, {ERRORS[record.error]} ({record.detail}): prompt lengths are estimates"
+            return replace(known, notes=(*known.notes, note))
+        if record.usage_prompt:
+            sizes.append((len(prompt), record.usage_prompt))
+        if known.asking.stream and not record.streamed:
+            known = replace(known, streams=False)
+    if not known.streams:
+        note = "the server does not stream, though asked to: only whole answers can be timed"
+        known = replace(known, notes=(*known.notes, note))
+    if len(sizes) < 2 or sizes[1][1] <= sizes[0][1]:
+        note = "the server gives no usage: prompt lengths are estimates, output tokens are counted by pieces"
+        return replace(known, usage=False, notes=(*known.notes, note))
+    (chars, tokens), (more_chars, more_tokens) = sizes
+    chars_per_token = (more_chars - chars) / (more_tokens - tokens)
+    extra = max(0.0, tokens - chars / chars_per_token)
+    return replace(known, chars_per_token=chars_per_token, extra_tokens=extra)
+
+
+async def _ask(client: Client, asking: Asking, prompt: str) -> Record:
+    session = Session(0, 0, ())
+    turn = Turn(prompt, 2)
+    exchange = await client.send("POST", PATHS[asking.api], asking.body(session, turn))
+    record = Record(0, 0, 0, 0, intended_ns=0)
+    read_answer(record, exchange, asking.api, None, exchange.begin_ns)
+    return record
+
+
+def plain_words(words: int, seed: int = 0) -> str:
+    """A text of made-up words, another for each seed."""
+    draw = random.Random(seed)
+    return " ".join("".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 8))) for _ in range(words))

@@ -1,0 +1,53 @@
+"""`everybit bench capacity URL`: the highest rate at which enough requests keep the SLO."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import UTC, datetime
+
+from everybit.cli.bench.load import add_load, workload_of
+from everybit.cli.bench.options import add_endpoint, add_measuring, add_output, add_preset, known_of, settings_of
+from everybit.errors import SourceError
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "capacity",
+        help="the highest rate that keeps the SLO",
+        description="Search the highest request rate at which the SLO's share of requests keeps it.",
+    )
+    add_endpoint(parser)
+    group = parser.add_argument_group("search")
+    group.add_argument("--first-rate", type=float, default=1, metavar="R", help="where to begin (default 1)")
+    group.add_argument("--tolerance", type=float, default=0.03, metavar="X", help="of the bracket (default 0.03)")
+    group.add_argument("--most-probes", type=int, default=10, metavar="N", help="rates to try (default 10)")
+    group.add_argument("--most-runs", type=int, default=5, metavar="N", help="runs at a rate in doubt (default 5)")
+    group.add_argument("--most-rate", type=float, metavar="R", help="do not go higher")
+    add_preset(parser)
+    add_load(parser, rate=False)
+    add_measuring(parser)
+    add_output(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from everybit.bench.measuring import Measured, measure_run
+    from everybit.bench.result import series_document
+    from everybit.bench.search import Limits
+    from everybit.bench.series import capacity
+    from everybit.cli.bench.output import finish
+
+    known = known_of(args)
+    settings = settings_of(args, known)
+    slo = settings.targets.slo
+    if slo is None:
+        raise SourceError("a capacity is that of an SLO: give --slo, or another preset than batch")
+    limits = Limits(slo.share, args.tolerance, args.most_probes, args.most_runs, most_rate=args.most_rate)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def measure(rate: float, seed: int) -> Measured:
+        return measure_run(settings, workload_of(args, known, rate=rate, seed=seed), f"{rate:.3g} requests/s")
+
+    block, runs = capacity(measure, args.first_rate, limits, args.seed)
+    document = series_document("capacity", command=settings.command, created=created, block=block, runs=runs)
+    return finish(args, document)
