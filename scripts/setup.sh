@@ -119,7 +119,7 @@ pip install --quiet -r "$scratch/build.txt"
 pip install --quiet -r "$scratch/more.txt"
 say "building everybit with $compiler"
 echo "torch==$TORCH_VERSION" >"$scratch/pin.txt"
-pip install --quiet --no-build-isolation --constraint "$scratch/pin.txt" --editable '.[quantize,serve,dev]'
+pip install --quiet --no-build-isolation --constraint "$scratch/pin.txt" --editable '.[quantize,serve,bench,dev]'
 "$py" -c 'import everybit._native' || {
   say "the native module was built but does not import (see above); make clean and try again, and report it if it stays"
   exit 1

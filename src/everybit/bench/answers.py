@@ -31,6 +31,8 @@ class Pieces:
     ended: bool = False  # the server said that this is all
 
     def add(self, now: int, text: str, count: int | None, bits: list[int | str]) -> None:
+        if not isinstance(text, str):
+            raise TypeError
         if text or count:
             self.times_ns.append(now)
             self.texts.append(text)
@@ -44,7 +46,7 @@ def read_answer(record: Record, exchange: Exchange, api: str, tokenize: Tokenize
     record.connected_ns = exchange.connected_ns - begin_ns if exchange.connected_ns else None
     record.head_ns = exchange.head_ns - begin_ns if exchange.head_ns else None
     record.end_ns = exchange.end_ns - begin_ns
-    record.status, record.error, record.detail = exchange.status, exchange.error, exchange.detail[:300]
+    record.status, record.error, record.detail = exchange.status, exchange.error, _shown(exchange.detail)
     if exchange.status and exchange.status != 200:
         record.error = record.error or _KINDS.get(exchange.status) or _family(exchange.status)
         _refusal(record, exchange)
@@ -52,7 +54,7 @@ def read_answer(record: Record, exchange: Exchange, api: str, tokenize: Tokenize
     if not exchange.status:
         return
     found = Pieces()
-    record.streamed = exchange.headers.get("content-type", "").startswith("text/event-stream")
+    record.streamed = exchange.headers.get("content-type", "").lower().startswith("text/event-stream")
     if record.streamed:
         _stream(found, exchange, api)
     else:
@@ -65,10 +67,11 @@ def read_answer(record: Record, exchange: Exchange, api: str, tokenize: Tokenize
     )
     carried = [(now - begin_ns, count) for now, count in zip(found.times_ns, tokens, strict=True) if count]
     record.times_ns, record.tokens = [now for now, _ in carried], [count for _, count in carried]
+    if record.error in ("cut", "timeout", "endless") and found.ended and exchange.pieces:
+        record.error = record.detail = ""  # it had said everything, and then did not let go of the connection
+        record.end_ns = exchange.pieces[-1][0] - begin_ns
     if found.error is not None:
-        record.error, record.detail = "frame", found.error[:300]
-    elif record.error in ("cut", "timeout", "endless") and found.ended:
-        record.error = ""  # it had said everything, and then did not let go of the connection
+        record.error, record.detail = "frame", _shown(found.error)
     elif not record.error and not record.times_ns:
         record.error = "malformed" if found.malformed else "empty"
     elif not record.error and record.streamed and not found.ended:
@@ -76,7 +79,14 @@ def read_answer(record: Record, exchange: Exchange, api: str, tokenize: Tokenize
         record.detail = "the stream ended without [DONE] or a finish_reason"
 
 
+def _shown(text: str) -> str:
+    """On one line, without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text[:1000].split()))[:300]
+
+
 def _family(status: int) -> str:
+    if status < 300:
+        return "empty"  # 204 and its like have no answer
     return "redirect" if status < 400 else "refused" if status < 500 else "server"
 
 
@@ -92,7 +102,7 @@ def _refusal(record: Record, exchange: Exchange) -> None:
         record.error = "context"
     if record.error == "redirect":
         said = f"to {exchange.headers.get('location', 'nowhere')}"
-    record.detail = f"{exchange.status}: {' '.join(said.split())}"[:300]
+    record.detail = _shown(f"{exchange.status}: {said}")
     try:
         record.retry_after_s = float(exchange.headers["retry-after"])
     except (KeyError, ValueError):
@@ -131,6 +141,11 @@ def _stream(found: Pieces, exchange: Exchange, api: str) -> None:
             found.malformed += 1
 
 
+def _usage_of(document: dict[str, Any]) -> dict[str, Any] | None:
+    usage = document.get("usage")
+    return usage if isinstance(usage, dict) else None
+
+
 def _bits(document: dict[str, Any]) -> list[int | str]:
     given = document.get("bits")
     return [b for b in given if isinstance(b, int | str)] if isinstance(given, list) else []
@@ -138,8 +153,7 @@ def _bits(document: dict[str, Any]) -> list[int | str]:
 
 def _take_choice(found: Pieces, now: int, document: dict[str, Any]) -> None:
     """A chunk of completions or of chat."""
-    if usage := document.get("usage"):
-        found.usage = dict(usage)
+    found.usage = _usage_of(document) or found.usage
     for choice in document.get("choices") or []:
         delta = choice.get("delta")
         if isinstance(delta, dict):
@@ -173,7 +187,7 @@ def _take_response(found: Pieces, now: int, document: dict[str, Any]) -> None:
     elif kind in ("response.completed", "response.incomplete", "response.failed"):
         response = document["response"]
         found.ended, found.finish = True, "stop" if kind == "response.completed" else "length"
-        found.usage = dict(response["usage"]) if response.get("usage") else None
+        found.usage = _usage_of(response)
         if kind == "response.failed":
             problem = response.get("error") or {}
             found.error = str(problem.get("message", problem))
@@ -187,7 +201,7 @@ def _whole(found: Pieces, exchange: Exchange, api: str) -> None:
         if document.get("error"):
             found.error = str(document["error"])
             return
-        found.usage = dict(document["usage"]) if document.get("usage") else None
+        found.usage = _usage_of(document)
         if api == "responses":
             texts = [part.get("text") or "" for item in document["output"] for part in item.get("content") or []]
             finish = "stop" if document.get("status") == "completed" else "length"
@@ -195,8 +209,8 @@ def _whole(found: Pieces, exchange: Exchange, api: str) -> None:
             choice = document["choices"][0]
             message = choice.get("message") or {}
             texts, finish = [choice.get("text") or message.get("content") or ""], choice.get("finish_reason") or ""
+        found.add(now, "".join(texts), None, [])
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
         found.malformed = 1
         return
-    found.add(now, "".join(texts), None, [])
     found.finish, found.ended = str(finish), True

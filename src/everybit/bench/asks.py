@@ -10,7 +10,10 @@ from typing import Any
 from everybit.bench.records import Session, Turn
 from everybit.errors import SourceError
 
-_OURS = ("model", "prompt", "messages", "input", "stream", "max_tokens", "max_completion_tokens", "max_output_tokens")
+_OURS = (
+    *("model", "prompt", "messages", "input", "stream", "stream_options"),
+    *("max_tokens", "max_completion_tokens", "max_output_tokens"),
+)
 
 
 @dataclass(frozen=True)

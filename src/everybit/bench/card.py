@@ -20,6 +20,8 @@ def _run(document: Document) -> Iterator[str]:
         yield f"  INVALID: {reason}"
     for warning in valid["warnings"]:
         yield f"  warning: {warning}"
+    for note in document["load"].get("notes", ()):
+        yield f"  note: {note}"
     for kind, found in document["errors"].items():
         example = f" ({found['example']})" if found["example"] else ""
         yield f"  failed: {found['count']} {kind}, {found['meaning']}{example}"
@@ -99,6 +101,10 @@ def _series(document: Document) -> Iterator[str]:
     for number, run in enumerate(document.get("runs", []), 1):
         for reason in run["validity"]["reasons"]:
             yield f"  INVALID run {number}: {reason}"
+        for kind, found in run["errors"].items():
+            yield f"  run {number}: {found['count']} failed, {kind}"
+        if mismatch := run["tokens"]["mismatch"]:
+            yield f"  run {number}: {mismatch['message']}"
 
 
 def _lines(block: Document) -> Iterator[str]:

@@ -82,11 +82,13 @@ def parse_url(url: str) -> tuple[Endpoint, str | None]:
 
     Raises: SourceError
     """
-    parts = urlsplit(url if "://" in url else f"http://{url}")
     try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
         port = parts.port
-    except ValueError:
-        raise SourceError(f"{url}: the port is not a number of 0 to 65535") from None
+    except ValueError as error:
+        raise SourceError(f"{url}: not an address ({error})") from None
+    if port == 0:
+        raise SourceError(f"{url}: the port is not a number of 1 to 65535")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise SourceError(f"{url}: expected an address such as http://127.0.0.1:8000/v1")
     if parts.username or parts.password:

@@ -8,6 +8,7 @@ httptools (the parser of uvicorn) and an append.
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 import time
 from collections import deque
@@ -17,7 +18,8 @@ import httptools
 
 from everybit.bench.endpoint import Endpoint
 
-_LAST = (b"[DONE]", b"event: response.completed", b"event: response.incomplete")
+_LAST = re.compile(rb"[\r\n](?:data: ?\[DONE\]|event: ?response\.(?:completed|incomplete|failed))")
+_TAIL = 32  # bytes, more than any of these has
 _GRACE_S = 1.0  # for a connection to end its answer after the last event
 
 
@@ -64,6 +66,7 @@ class _Connection(asyncio.Protocol):
         self._now = 0
         self._whole = False
         self._grace: asyncio.TimerHandle | None = None
+        self._tail = b""
         self.used = False
         self.last_ns = 0
 
@@ -84,14 +87,16 @@ class _Connection(asyncio.Protocol):
             self.finish("http", "the server changed the protocol")
         except httptools.HttpParserError as error:
             self.finish("http", f"{error}: {data[:60]!r}")
+            self.close()
         if self.exchange is None:
             return
+        exchange.size += len(data)
         if exchange.size > self._client.limits.most_bytes or exchange.events > exchange.most_events:
             self.finish("endless", f"{exchange.events} events, {exchange.size} bytes")
 
     def connection_lost(self, problem: Exception | None) -> None:
         if self.exchange is not None:
-            until_close = "content-length" not in self.exchange.headers and self.exchange.status
+            until_close = "content-length" not in self.exchange.headers and self.exchange.status >= 200
             chunked = "chunked" in self.exchange.headers.get("transfer-encoding", "")
             if problem is None and until_close and not chunked:
                 self.finish("", "")  # an answer that ends with its connection
@@ -118,11 +123,12 @@ class _Connection(asyncio.Protocol):
         if exchange is None:
             return
         exchange.pieces.append((self._now, data))
-        exchange.size += len(data)
         exchange.events += data.count(b"data:")
-        if self._grace is None and any(mark in data for mark in _LAST):
+        recent = self._tail + data
+        if self._grace is None and _LAST.search(recent):
             self._grace = asyncio.get_running_loop().call_later(_GRACE_S, self.finish, "", "")
             exchange.end_ns = self._now
+        self._tail = recent[-_TAIL:]
 
     def on_message_complete(self) -> None:
         if self.exchange is not None and self.exchange.status >= 200:
@@ -133,6 +139,7 @@ class _Connection(asyncio.Protocol):
     def begin(self, exchange: Exchange, data: bytes, done: asyncio.Future[None]) -> None:
         assert self.transport is not None
         self.exchange, self.done, self._whole, self._grace = exchange, done, False, None
+        self._tail = b"\n"
         self._parser = httptools.HttpResponseParser(self)
         self.last_ns = time.perf_counter_ns()
         self.transport.write(data)

@@ -57,6 +57,8 @@ class Measured:
 def measure_run(settings: Settings, workload: Workload, title: str) -> Measured:
     """Raises: SourceError"""
     known = settings.known
+    if workload.duration_ns is not None and settings.warmup_ns > workload.duration_ns:
+        raise _no_window(settings.warmup_ns, workload.duration_ns)
     job = Job(
         known.endpoint,
         PATHS[known.asking.api],
@@ -64,7 +66,7 @@ def measure_run(settings: Settings, workload: Workload, title: str) -> Measured:
         workload,
         settings.limits,
         settings.reuse,
-        stop_ns=workload.duration_ns if isinstance(workload.starts, Users) else None,
+        stop_ns=None if workload.kind == "conversations" else workload.duration_ns,  # those end with their turns
         drain_ns=settings.drain_ns,
     )
     workers = settings.workers or _workers(workload)
@@ -126,11 +128,16 @@ def _window(settings: Settings, workload: Workload, outcome: Outcome) -> Window:
         end = max(end, last)
     if outcome.interrupted:
         end = max(min(end, outcome.ended_ns), 1)
+        return Window(min(settings.warmup_ns, end - 1), end)
     if settings.warmup_ns >= end:
-        raise SourceError(
-            f"a warm-up of {settings.warmup_ns / SECOND:g} s in a run of {end / SECOND:.1f} s: expected a longer run"
-        )
+        raise _no_window(settings.warmup_ns, end)
     return Window(settings.warmup_ns, end)
+
+
+def _no_window(warmup_ns: int, end_ns: int) -> SourceError:
+    return SourceError(
+        f"a warm-up of {warmup_ns / SECOND:g} s in a run of {end_ns / SECOND:.1f} s: expected a longer run"
+    )
 
 
 class _Metered:

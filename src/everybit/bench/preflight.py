@@ -7,8 +7,8 @@ line. A server that is merely busy does not.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -37,15 +37,19 @@ class Known:
     notes: tuple[str, ...] = field(default=())
 
 
-def look(endpoint: Endpoint, asking: Asking, limits: Limits, text: Callable[[int], str]) -> Known:
-    """`text(words)` makes a prompt; an empty model in `asking` means the first that the server names.
+def look(
+    endpoint: Endpoint, asking: Asking, limits: Limits, text: Callable[[int], str], otherwise: str | None = None
+) -> Known:
+    """`text(tokens)` makes a prompt; an empty model in `asking` means the first that the server names.
 
-    Raises: SourceError
+    `otherwise`: the interface to speak where the one in `asking` is refused. Raises: SourceError
     """
-    return asyncio.run(_look(endpoint.resolved(), asking, limits, text))
+    return asyncio.run(_look(endpoint.resolved(), asking, limits, text, otherwise))
 
 
-async def _look(endpoint: Endpoint, asking: Asking, limits: Limits, text: Callable[[int], str]) -> Known:
+async def _look(
+    endpoint: Endpoint, asking: Asking, limits: Limits, text: Callable[[int], str], otherwise: str | None
+) -> Known:
     client = Client(endpoint, limits)
     reaper = asyncio.create_task(client.keep_reaping())
     try:
@@ -60,7 +64,15 @@ async def _look(endpoint: Endpoint, asking: Asking, limits: Limits, text: Callab
                 raise SourceError(f"{endpoint.url}/models: {exchange.status}, and no model's name; give --model NAME")
             asking = replace(asking, model=models[0])
         known = Known(endpoint, asking, models, exchange.headers.get("server", ""))
-        return await _calibrate(client, known, text)
+        try:
+            return await _calibrate(client, known, text)
+        except SourceError:
+            if otherwise is None:
+                raise
+            other = replace(known, asking=replace(asking, api=otherwise))
+            with contextlib.suppress(SourceError):
+                return await _calibrate(client, other, text)
+            raise
     finally:
         reaper.cancel()
         client.close()
@@ -76,8 +88,8 @@ def _models(exchange: Exchange) -> tuple[str, ...]:
 async def _calibrate(client: Client, known: Known, text: Callable[[int], str]) -> Known:
     """Two prompts of different lengths: the difference of their tokens is text, the rest what the server adds."""
     sizes: list[tuple[int, int]] = []
-    for words in (20, 120):
-        prompt = text(words)
+    for tokens in (16, 128):
+        prompt = text(tokens)
         record = await _ask(client, known.asking, prompt)
         if record.error in ("refused", "server") and known.asking.usage and known.asking.stream:
             plain = replace(known.asking, usage=False)  # perhaps it does not know stream_options
@@ -110,13 +122,7 @@ async def _calibrate(client: Client, known: Known, text: Callable[[int], str]) -
 async def _ask(client: Client, asking: Asking, prompt: str) -> Record:
     session = Session(0, 0, ())
     turn = Turn(prompt, 2)
-    exchange = await client.send("POST", PATHS[asking.api], asking.body(session, turn))
+    exchange = await client.send("POST", PATHS[asking.api], asking.body(session, turn), most_events=512)
     record = Record(0, 0, 0, 0, intended_ns=0)
     read_answer(record, exchange, asking.api, None, exchange.begin_ns)
     return record
-
-
-def plain_words(words: int, seed: int = 0) -> str:
-    """A text of made-up words, another for each seed."""
-    draw = random.Random(seed)
-    return " ".join("".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 8))) for _ in range(words))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from types import FrameType
 
 from everybit.bench.answers import Tokenize, read_answer
 from everybit.bench.records import Record
@@ -62,7 +65,8 @@ def run(
             if not pipe.poll(_START_S):
                 raise SourceError(f"a worker process was not ready in {_START_S:g} s")
             _receive_ready(pipe)
-        return _gather(job, pipes, tokenize, show)
+        with _interrupts() as interrupted:
+            return _gather(job, pipes, tokenize, show, interrupted)
     finally:
         for pipe in pipes:
             pipe.close()
@@ -82,38 +86,61 @@ def _receive_ready(pipe: Connection) -> None:
         raise SourceError(f"a worker process failed: {said.problem}")
 
 
-def _gather(job: Job, pipes: list[Connection], tokenize: Tokenize | None, show: Callable[[Progress], None]) -> Outcome:
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Is set by Ctrl-C, which would cut a worker's message in two if it were raised; a second one is."""
+    pressed = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    if threading.current_thread() is not threading.main_thread():  # no other one hears of it
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _gather(
+    job: Job,
+    pipes: list[Connection],
+    tokenize: Tokenize | None,
+    show: Callable[[Progress], None],
+    interrupted: threading.Event,
+) -> Outcome:
     begin_ns = time.perf_counter_ns() + 100_000_000
     outcome = Outcome(began_wall_s=time.time() + 0.1)
     for pipe in pipes:
         pipe.send(begin_ns)
     open_pipes, running, problems = set(pipes), dict.fromkeys(range(len(pipes)), 0), outcome.problems
     while open_pipes:
-        try:
-            for ready in wait(list(open_pipes), timeout=0.25):
-                pipe = next(one for one in open_pipes if one is ready)
-                try:
-                    report: Report = pipe.recv()
-                except (EOFError, ConnectionResetError):
-                    open_pipes.discard(pipe)
-                    problems.append(f"worker {pipes.index(pipe)} ended before the run did")
-                    continue
-                for record, exchange in report.ended:
-                    read_answer(record, exchange, job.asking.api, tokenize, begin_ns)
-                    outcome.records.append(record)
-                outcome.stalls += [(report.worker, *stall) for stall in report.stalls]
-                running[report.worker] = report.running
-                if report.problem:
-                    problems.append(report.problem)
-                if report.last:
-                    open_pipes.discard(pipe)
-            show(Progress((time.perf_counter_ns() - begin_ns) / 1e9, sum(running.values()), outcome.records))
-        except KeyboardInterrupt:
-            if outcome.interrupted:
-                raise
+        for ready in wait(list(open_pipes), timeout=0.25):
+            pipe = next(one for one in open_pipes if one is ready)
+            try:
+                report: Report = pipe.recv()
+            except (EOFError, OSError):  # killed, perhaps in the midst of a message
+                open_pipes.discard(pipe)
+                problems.append(f"worker {pipes.index(pipe)} ended before the run did")
+                continue
+            for record, exchange in report.ended:
+                read_answer(record, exchange, job.asking.api, tokenize, begin_ns)
+                outcome.records.append(record)
+            outcome.stalls += [(report.worker, *stall) for stall in report.stalls]
+            running[report.worker] = report.running
+            if report.problem:
+                problems.append(report.problem)
+            if report.last:
+                open_pipes.discard(pipe)
+        show(Progress((time.perf_counter_ns() - begin_ns) / 1e9, sum(running.values()), outcome.records))
+        if interrupted.is_set() and not outcome.interrupted:
             outcome.interrupted = True
             for pipe in open_pipes:
-                with contextlib.suppress(BrokenPipeError):
+                with contextlib.suppress(OSError):
                     pipe.send("stop")
     outcome.ended_ns = time.perf_counter_ns() - begin_ns
     outcome.clock_jump_ns = round((time.time() - outcome.began_wall_s) * 1e9) - outcome.ended_ns

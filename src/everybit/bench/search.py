@@ -164,7 +164,7 @@ class _Search:
         if high is None:
             verdict = "unsure" if low is None else "at least"
         elif low is None:
-            verdict = "none"
+            verdict = "none" if high <= self.least else "unsure"
         else:
             verdict = "found" if self._narrow() else "unsure"
         confidence = NormalDist().cdf(min(scores)) if scores else None

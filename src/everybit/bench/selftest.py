@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from everybit.bench.asks import Asking
 from everybit.bench.endpoint import parse_url
@@ -26,7 +27,7 @@ from everybit.bench.measuring import Measured, Settings, measure_run
 from everybit.bench.mock.run import running
 from everybit.bench.mock.script import Script
 from everybit.bench.mock.truth import fetch_truth
-from everybit.bench.preflight import look, plain_words
+from everybit.bench.preflight import look
 from everybit.bench.records import MS
 from everybit.bench.statistics import percentile
 from everybit.bench.targets import Document, Targets
@@ -81,8 +82,10 @@ def _run(script: Script, rate: float, seconds: float, workers: int | None, quiet
 
 
 def _measure(url: str, rate: float, seconds: float, workers: int | None, quiet: bool, title: str) -> Measured:
-    known = look(parse_url(url)[0], Asking("completions", ""), Limits(), plain_words)
-    texts = replace(random_words(), chars_per_token=known.chars_per_token or 4.0)
+    texts = random_words()
+    prompt = partial(texts.text, "calibration")
+    known = look(parse_url(url)[0], Asking("completions", ""), Limits(), prompt)
+    texts = replace(texts, chars_per_token=known.chars_per_token or texts.chars_per_token)
     source = Drawn(texts, parse_lengths("64", str(TOKENS)))
     targets = Targets(Deadlines(200 * MS, 50 * MS))
     settings = Settings(known, targets, workers=workers, quiet=quiet)

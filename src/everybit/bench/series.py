@@ -50,14 +50,14 @@ def capacity(
 ) -> tuple[Document, list[Document]]:
     """Block and runs. `measure(rate, seed)` makes one run. Raises: SourceError"""
     runs: list[Document] = []
+    stopped: list[bool] = []
 
     async def probe(rate: float, seed: int) -> Probe:
         measured = measure(rate, seed)
         runs.append(measured.document)
-        if measured.interrupted:
-            raise KeyboardInterrupt
         metrics = measured.document["metrics"]
-        valid = measured.document["validity"]["valid"] or metrics is None
+        valid = not measured.interrupted and (measured.document["validity"]["valid"] or metrics is None)
+        stopped.append(measured.interrupted)
         if metrics is None:
             scored = sum(row[3] for row in measured.document["requests"]["rows"])
             return Probe(rate, 0, max(1, scored), 0.0, valid)
@@ -70,6 +70,8 @@ def capacity(
         {**asdict(one), "share": one.share.value, "interval": [one.share.low, one.share.high], "goodput": one.goodput}
         for one in curve(found.probes)
     ]
+    if stopped[-1]:
+        block["reason"] = "it was interrupted"
     return {**block, "share": limits.share, "points": points}, runs
 
 
@@ -131,12 +133,17 @@ def _verdict(found: Interval, same: float, less: bool) -> str:
 
 
 def _values(measured: Measured, value: Callable[[Record], float | None]) -> list[float]:
-    found = [value(record) for record in measured.records if record.complete and record.streamed]
+    found = [value(record) for record in _due(measured) if record.complete and record.streamed]
     return [one for one in found if one is not None]
 
 
 def _scores(measured: Measured, targets: Targets) -> list[float]:
-    return [score(record, targets).index for record in measured.records if record.error != "cancelled"]
+    return [score(record, targets).index for record in _due(measured) if record.error != "cancelled"]
+
+
+def _due(measured: Measured) -> list[Record]:
+    begin, end = (round(measured.document["window"][name] * MS) for name in ("begin_ms", "end_ms"))
+    return [record for record in measured.records if begin <= record.intended_ns < end]
 
 
 def _speed(measured: Measured) -> float:

@@ -91,6 +91,7 @@ def load_tokenizer(path: Path) -> Callable[[str], list[int]]:
         raise SourceError(f"{file}: not a tokenizer.json ({str(error).splitlines()[0]})") from None
 
     def ends(text: str) -> list[int]:
+        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair, which JSON can hold
         return [end for _, end in tokenizer.encode(text, add_special_tokens=False).offsets]
 
     return ends

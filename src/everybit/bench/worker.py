@@ -12,8 +12,10 @@ import contextlib
 import gc
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection
 
 from everybit.bench.answers import read_answer
@@ -28,6 +30,9 @@ _BEAT_NS = 20_000_000
 _STALL_NS = 100_000_000  # a beat this late: the process, not the server, stood still
 _AHEAD = 64  # sessions whose requests are written before their time
 _SPARE_EVENTS = 256  # a stream may have more events than 8 a token and these, not more
+
+
+_Ready = tuple[Session, Iterator[Turn], Turn, bytes]  # with the first turn, the others, and its request
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class _Worker:
         loop = asyncio.get_running_loop()
         sessions = self._job.workload.sessions(self._worker, self._workers)
         ready = self._prepared(sessions)
-        first = next(ready, None)
+        ahead = deque(islice(ready, _AHEAD))
         self._pipe.send("ready")
         told: asyncio.Queue[object] = asyncio.Queue()
         loop.add_reader(self._pipe.fileno(), self._hear, told)
@@ -106,9 +111,11 @@ class _Worker:
         helpers = [asyncio.create_task(self._beat()), asyncio.create_task(self._tell())]
         listener = asyncio.create_task(self._listen(told))
         try:
-            await self._send_all(first, ready)
+            await self._send_all(ahead, ready)
             await self._drain()
         finally:
+            self._client.close()
+            await asyncio.sleep(0)  # what was open ends by itself, with the pieces that it has
             for task in (*helpers, listener, *self._running):
                 task.cancel()
             await asyncio.gather(*helpers, listener, *self._running, return_exceptions=True)
@@ -127,7 +134,7 @@ class _Worker:
         self._stop.set()
 
     # --- sending
-    def _prepared(self, sessions: Iterator[Session]) -> Iterator[tuple[Session, Iterator[Turn], Turn, bytes]]:
+    def _prepared(self, sessions: Iterator[Session]) -> Iterator[_Ready]:
         """Sessions with their first request written: at its time nothing is left to do but to send it."""
         for session in sessions:
             turns = iter(session.turns)
@@ -135,22 +142,18 @@ class _Worker:
             if turn is not None:
                 yield session, turns, turn, self._job.asking.body(session, turn)
 
-    async def _send_all(
-        self,
-        first: tuple[Session, Iterator[Turn], Turn, bytes] | None,
-        ready: Iterator[tuple[Session, Iterator[Turn], Turn, bytes]],
-    ) -> None:
-        ahead = [first] if first is not None else []
+    async def _send_all(self, ahead: deque[_Ready], ready: Iterator[_Ready]) -> None:
         while ahead and not self._stop.is_set():
             due = ahead[0][0].at_ns
             while len(ahead) < _AHEAD and self._now() < due - 2_000_000:  # while there is time, write the next ones
+                await asyncio.sleep(0)  # a long prompt takes milliseconds: what is due goes first, what came is noted
                 following = next(ready, None)
                 if following is None:
                     break
                 ahead.append(following)
             if not await self._until(due):
                 return
-            task = asyncio.create_task(self._session(*ahead.pop(0)))
+            task = asyncio.create_task(self._session(*ahead.popleft()))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
             if not ahead and (following := next(ready, None)) is not None:
@@ -204,9 +207,9 @@ class _Worker:
         self._count += 1
         try:
             exchange = await self._client.send("POST", self._job.path, body, most)
-        except asyncio.CancelledError:
-            record.error, record.end_ns = "cancelled", self._now()
-            self._ended.append((record, Exchange(self._begin_ns + record.sent_ns, error="cancelled")))
+        except asyncio.CancelledError:  # it was still connecting
+            begin_ns, end_ns = self._begin_ns + record.sent_ns, time.perf_counter_ns()
+            self._ended.append((record, Exchange(begin_ns, end_ns=end_ns, error="cancelled")))
             raise
         finally:
             self._count -= 1

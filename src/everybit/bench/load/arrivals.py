@@ -17,8 +17,10 @@ from typing import Any
 from everybit.bench.records import SECOND
 from everybit.errors import SourceError
 
-MOST_RATE = 1e6
+LEAST_RATE, MOST_RATE = 1e-6, 1e6
+MOST_USERS = 100_000  # each has a connection of its own
 MOST_ARRIVALS = 10_000_000  # a day at 100 a second: their times are drawn by every worker
+MOST_BURSTINESS = 1e6
 CONSTANT = math.inf  # as burstiness: gamma gaps of endless shape are all equal
 
 
@@ -35,8 +37,8 @@ class Stage:
 
     def __post_init__(self) -> None:
         for rate in (self.first, self.last):
-            if not 0 < rate <= MOST_RATE:
-                raise SourceError(f"rate {rate}: expected above 0, at most {MOST_RATE:.0f} requests a second")
+            if not LEAST_RATE <= rate <= MOST_RATE:
+                raise SourceError(f"rate {rate}: expected {LEAST_RATE:g} to {MOST_RATE:.0f} requests a second")
         if not self.duration_s > 0 or (self.first != self.last and math.isinf(self.duration_s)):
             raise SourceError(f"duration {self.duration_s} s: expected a finite number above 0")
 
@@ -65,8 +67,8 @@ class Arrivals:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.burstiness >= 0.01:
-            raise SourceError(f"burstiness {self.burstiness}: expected 0.01 or more (1 is Poisson)")
+        if not (0.01 <= self.burstiness <= MOST_BURSTINESS or self.burstiness == CONSTANT):
+            raise SourceError(f"burstiness {self.burstiness}: expected 0.01 to {MOST_BURSTINESS:.0f} (1 is Poisson)")
         if self.count is not None and self.count < 1:
             raise SourceError(f"{self.count} requests: expected 1 or more")
         if not self.stages or (self.duration_ns is None and self.count is None):
@@ -160,8 +162,8 @@ class Users:
     ramp_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise SourceError(f"{self.count} users: expected 1 or more")
+        if not 1 <= self.count <= MOST_USERS:
+            raise SourceError(f"{self.count} users: expected 1 to {MOST_USERS}")
         if not (self.ramp_s >= 0 and math.isfinite(self.ramp_s)):
             raise SourceError(f"a ramp of {self.ramp_s} s: expected a finite number, 0 or more")
 

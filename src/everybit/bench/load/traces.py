@@ -6,7 +6,6 @@ ids of prefix blocks), BurstGPT (Wang et al., 2024; csv) and the records of this
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 
+from everybit.bench.load.arrivals import MOST_ARRIVALS
 from everybit.bench.load.lengths import COLUMNS, MOST_TOKENS, to_tokens
 from everybit.bench.load.texts import read_object, read_rows, read_text
 from everybit.bench.records import HEADER, MS, SECOND, read_records
@@ -187,12 +187,14 @@ def select(
     so that it finds no cache the first had not. Raises: SourceError
     """
     for name, value in (("speed", speed), ("scale_prompt", scale_prompt), ("scale_output", scale_output)):
-        if not (value > 0 and math.isfinite(value)):
-            raise SourceError(f"{name} {value}: expected a finite number above 0")
+        if not 1e-6 <= value <= 1e6:
+            raise SourceError(f"{name} {value}: expected 1e-6 to 1e6")
     for name, least in (("most_prompt", most_prompt), ("most_output", most_output), ("loop", loop)):
         if least < 1:
             raise SourceError(f"{name} {least}: expected 1 or more")
     chosen = _from_zero(_slice(trace.requests, part))
+    if loop * len(chosen) > MOST_ARRIVALS:
+        raise SourceError(f"{len(chosen)} requests {loop} times over: expected {MOST_ARRIVALS} at most")
     cut = 0
     requests = []
     for one in chosen:

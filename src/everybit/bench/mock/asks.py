@@ -25,7 +25,7 @@ _ALIAS = re.compile(rf"(.+)@([{LOWEST_BITS}-{HIGHEST_BITS}])bit")
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """`words`: the prompt's, one a logprob. `tokens`: of the answer. `limit`: how many the request allows.
+    """`prompt`: its text, of ids their numbers. `tokens`: of the answer. `limit`: how many the request allows.
 
     `prompt_tokens`: one for every 4 characters begun, or as many as there are ids. `top`: likeliest tokens to name
     with each, None for no log-probabilities.
@@ -33,7 +33,7 @@ class Ask:
 
     model: str
     bits: int
-    words: list[str]
+    prompt: str
     prompt_tokens: int
     tokens: int
     limit: int
@@ -41,6 +41,11 @@ class Ask:
     usage: bool
     echo: bool
     top: int | None
+
+    @property
+    def words(self) -> list[str]:
+        """Of the prompt, one a logprob."""
+        return split_words(self.prompt)
 
 
 def read_body(body: bytes) -> dict[str, Any]:
@@ -57,7 +62,7 @@ def read_body(body: bytes) -> dict[str, Any]:
 def read_ask(script: Script, path: str, body: Mapping[str, Any]) -> Ask:
     """Raises: Refusal"""
     model, bits = _model(script, body.get("model", script.models[0]))
-    words, prompt_tokens = _prompt(path, body)
+    prompt, prompt_tokens = _prompt(path, body)
     echo, top = _scores(path, body)
     if body.get("n", 1) not in (None, 1):
         raise Refusal(400, "n: expected 1", "invalid_value")
@@ -70,7 +75,7 @@ def read_ask(script: Script, path: str, body: Mapping[str, Any]) -> Ask:
     # Who scores a text sends its own limit, 0 or 1, and no script makes that longer.
     tokens = limit if echo or script.tokens is None else script.tokens
     stream = body.get("stream") is True and script.stream
-    return Ask(model, bits, words, prompt_tokens, tokens, limit, stream, usage, echo, top)
+    return Ask(model, bits, prompt, prompt_tokens, tokens, limit, stream, usage, echo, top)
 
 
 def _model(script: Script, name: Any) -> tuple[str, int]:
@@ -83,8 +88,8 @@ def _model(script: Script, name: Any) -> tuple[str, int]:
     return name, script.always_bits or (int(found[2]) if found else HIGHEST_BITS)
 
 
-def _prompt(path: str, body: Mapping[str, Any]) -> tuple[list[str], int]:
-    """Words and tokens."""
+def _prompt(path: str, body: Mapping[str, Any]) -> tuple[str, int]:
+    """Text and tokens."""
     if path == "/v1/chat/completions":
         text = _texts(body.get("messages"))
     elif path == "/v1/responses":
@@ -94,11 +99,11 @@ def _prompt(path: str, body: Mapping[str, Any]) -> tuple[list[str], int]:
         if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
             prompt = prompt[0]
         if isinstance(prompt, list) and prompt and all(type(one) is int for one in prompt):
-            return [f" {one}" for one in prompt], len(prompt)
+            return "".join(f" {one}" for one in prompt), len(prompt)
         if not isinstance(prompt, str):
             raise Refusal(400, "prompt: expected one text or one list of token ids")
         text = prompt
-    return split_words(text), -(-len(text) // CHARACTERS_PER_TOKEN)
+    return text, -(-len(text) // CHARACTERS_PER_TOKEN)
 
 
 def _texts(value: Any) -> str:

@@ -72,9 +72,9 @@ class Form(ABC):
 
     def scores(self, first: int, count: int) -> list[dict[str, float]]:
         """Of tokens of the answer."""
-        ask, prompt = self.ask, "".join(self.ask.words)
+        ask, name = self.ask, self.script.identity
         places = range(first, first + count)
-        return [likeliest(self.script.identity, ask.bits, f"{prompt}\n{k}", self.token, ask.top or 0) for k in places]
+        return [likeliest(name, ask.bits, f"{ask.prompt}\n{k}", self.token, ask.top or 0) for k in places]
 
 
 class Choices(Form):

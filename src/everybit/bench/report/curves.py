@@ -7,7 +7,7 @@ from typing import Any
 
 from everybit.bench.report.distributions import latency
 from everybit.bench.report.figures import number, percent
-from everybit.bench.report.markup import Child, Html
+from everybit.bench.report.markup import Child, Html, words
 from everybit.bench.report.plot import Plot
 from everybit.bench.report.requests import Document
 from everybit.bench.report.scale import Scale, around, from_zero
@@ -82,7 +82,7 @@ def _share_chart(
     y = Scale(0, 100) if low < 0.5 else around([100 * low, 100.0], log=False)
     plot = Plot("Requests that keep the SLO", x, y, label or _AXES["rate"], "%", note="with 95 % intervals (Wilson)")
     if wanted is not None:
-        plot.level(100 * wanted, f"asked for: {percent(wanted)}")
+        plot.level(100 * wanted, f"asked for: {100 * wanted:g} %")
     rate = block.get("rate")
     if rate:
         plot.limit(rate, f"capacity {number(rate)}")
@@ -117,10 +117,11 @@ def _lines(
 
 def _titled(name: str) -> tuple[str, str]:
     """Of `tpot_p50_ms`: what it is and its unit."""
+    name = name.replace("tpot", "time_per_token").replace("ttft", "time_to_the_first_token")
     for end, unit in (("_per_s", "per s"), ("_ms", "ms"), ("_s", "s"), ("_share", "share")):
         if name.endswith(end):
-            return name.removesuffix(end).replace("_", " "), unit
-    return name.replace("_", " "), ""
+            return words(name.removesuffix(end)).capitalize(), unit
+    return words(name).capitalize(), ""
 
 
 def _wanted(runs: Sequence[Document]) -> float | None:

@@ -19,7 +19,7 @@ Limits = Mapping[str, float | None]
 _SHARES = (*(i / 2 for i in range(200)), 99.6, 99.7, 99.8, 99.9, 100)
 _STYLES = (*[""] * SERIES, *["dashed"] * SERIES)
 _COVERED = ("broad", "dashed", "dotted")  # for lines that may lie on each other
-_DOTS = 1500
+_DOTS = 600
 _BINS = 20
 
 

@@ -9,24 +9,27 @@ NONE = "\u2013"
 
 
 def figure(value: Any) -> str:
-    """Three significant digits, whole numbers in full; other things as text."""
+    """Numbers with four significant digits, whole ones in full; other things as text."""
     if value is None:
         return NONE
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return number(value) if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    text = number(value, 4)
+    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
-def number(value: float | None) -> str:
+def number(value: float | None, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return NONE if value is None else "∞" if value > 0 else str(value)
     if value == 0 or abs(value) < 1e-9:
         return "0"
     if abs(value) >= 1e12 or abs(value) < 1e-4:
-        return f"{value:.2e}"
-    places = max(0, 2 - math.floor(math.log10(abs(value))))
+        return f"{value:.{digits - 1}e}"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     text = f"{value:,.{places}f}"
     return text.rstrip("0").rstrip(".") if "." in text and value == round(value) else text
 

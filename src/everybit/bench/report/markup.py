@@ -59,6 +59,12 @@ def section(title: str, *children: Child) -> Html:
     return tag("section", tag("h2", title), inner) if inner else inner
 
 
+def charts(*children: Child) -> Html:
+    """Beside each other where there is room; empty where all `children` are."""
+    inner = join(children)
+    return tag("div", inner, class_="charts") if inner else inner
+
+
 def facts(value: Any) -> Child:
     """Any part of a document: objects as lists of terms, lists of objects as tables."""
     if isinstance(value, Mapping):

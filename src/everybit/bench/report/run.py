@@ -8,7 +8,7 @@ from typing import Any
 
 from everybit.bench.report.distributions import fluidity_chart, latency, prompt_chart, run_cdfs
 from everybit.bench.report.figures import NONE, duration, figure, number, percent, share_figure
-from everybit.bench.report.markup import Child, Html, facts, section, table, tag
+from everybit.bench.report.markup import Child, Html, charts, facts, section, table, tag, words
 from everybit.bench.report.requests import Document, read_requests
 from everybit.bench.report.timelines import run_timelines
 
@@ -25,7 +25,6 @@ _LATENCIES = {
     "connect_ms": "connecting",
 }
 _COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
-_SOURCES = {"usage": "the server's usage"}
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,10 @@ class KeyFigure:
 def run_page(run: Document) -> list[Child]:
     requests = read_requests(run)
     return [
-        tag("div", _tiles(run), class_="tiles"),
-        section(
-            "How long it takes", tag("div", *run_cdfs(run, requests), prompt_chart(run, requests), class_="charts")
-        ),
+        tag("div", tiles, class_="tiles") if (tiles := _tiles(run)) else None,
+        section("How long it takes", charts(*run_cdfs(run, requests), prompt_chart(run, requests))),
         section("What happened when", *run_timelines(run, requests)),
-        section("How smooth it felt", tag("div", fluidity_chart(requests), *_smoothness(run), class_="charts")),
+        section("How smooth it felt", charts(fluidity_chart(requests), *_smoothness(run))),
         section("All latencies", _latencies(run)),
         section("Failures", _errors(run)),
         section("Where token counts come from", _sources(run)),
@@ -58,7 +55,7 @@ def run_brief(run: Document) -> list[Child]:
     return [
         tag("p", verdict(run)),
         alarms(run),
-        tag("div", *run_cdfs(run, requests), fluidity_chart(requests), class_="charts"),
+        charts(*run_cdfs(run, requests), fluidity_chart(requests)),
         _latencies(run),
         _errors(run),
     ]
@@ -68,8 +65,7 @@ def verdict(run: Document) -> str:
     """The run in one sentence."""
     metrics = run.get("metrics")
     if not metrics:
-        reasons = (run.get("validity") or {}).get("reasons") or ["no request was complete"]
-        return f"Nothing was measured: {reasons[0]}"
+        return "Nothing was measured"
     counts, seconds = metrics["requests"], metrics["throughput"]["seconds"]
     parts = []
     first, pace = latency(run).get("ttft_ms"), latency(run).get("tpot_ms")
@@ -233,12 +229,12 @@ def _by_unit(name: str, value: Any) -> str:
 
 def _latencies(run: Document) -> Child:
     rows: list[list[str]] = []
-    for name, words in _LATENCIES.items():
+    for name, label in _LATENCIES.items():
         block = latency(run).get(name)
         if block:
-            rows.append(_summary(words, block, figure(block.get("missing", 0))))
+            rows.append(_summary(label, block, figure(block.get("missing", 0))))
             if corrected := block.get("corrected"):
-                rows.append(_summary(f"{words}, without this client's stalls", corrected, ""))
+                rows.append(_summary(f"{label}, without this client's stalls", corrected, ""))
     if not rows:
         return None
     few = any("*" in cell for row in rows for cell in row[1:])
@@ -246,10 +242,10 @@ def _latencies(run: Document) -> Child:
     return [table(("ms", "values", *_COLUMNS, "missing"), rows, "numbers"), tag("small", note) if note else None]
 
 
-def _summary(words: str, block: Mapping[str, Any], missing: str) -> list[str]:
+def _summary(label: str, block: Mapping[str, Any], missing: str) -> list[str]:
     doubt = "*" if block.get("few") else ""
     values = [number(block[name]) + (doubt if name == "p99" else "") for name in _COLUMNS]
-    return [words, figure(block["n"]), *values, missing]
+    return [label, figure(block["n"]), *values, missing]
 
 
 def _errors(run: Document) -> Child:
@@ -260,7 +256,7 @@ def _errors(run: Document) -> Child:
 
 def _sources(run: Document) -> Child:
     block = run.get("tokens") or {}
-    rows = [(_SOURCES.get(name, name), figure(count)) for name, count in (block.get("sources") or {}).items()]
+    rows = [(name, figure(count)) for name, count in (block.get("sources") or {}).items()]
     return [
         table(("source", "requests"), rows) if rows else None,
         facts({**block["mismatch"], "message": None}) if block.get("mismatch") else None,
@@ -272,4 +268,10 @@ def _energy(block: Mapping[str, Any] | None) -> Child:
         return None
     if block.get("status") == "unavailable":
         return tag("p", f"Unavailable: {block.get('reason') or 'no counter'}.")
-    return facts(block)
+    carbon = block.get("carbon") or {}
+    grams = {
+        words(f"{name}_of_CO2e"): f"{number(carbon[name][0])} ({number(carbon[name][1])} to {number(carbon[name][2])})"
+        for name in ("grams", "grams_above_idle")
+        if carbon.get(name)
+    }
+    return facts({**block, "carbon": None, **grams, "carbon_intensity_g_per_kWh": carbon.get("intensity")})

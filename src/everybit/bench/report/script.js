@@ -23,7 +23,7 @@ function points(line) {
 }
 
 function read(svg, event) {
-  const lines = [...svg.querySelectorAll(".line[data-name]")].filter((line) => !line.closest("[hidden], .off"));
+  const lines = [...svg.querySelectorAll(".line[data-name]")].filter((line) => !line.closest(".off"));
   if (!lines.length) return "";
   const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
   const x = scale(svg.dataset.x), y = scale(svg.dataset.y);
@@ -66,7 +66,8 @@ for (const key of document.querySelectorAll(".key")) {
   key.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); flip(); } });
 }
 
-for (const figure of document.querySelectorAll("figure.wide:has(.row)")) {
+for (const figure of document.querySelectorAll("figure.wide")) {
+  if (!figure.querySelector(".row")) continue;
   const button = document.createElement("button");
   button.type = "button";
   button.textContent = "Closer";

@@ -8,14 +8,14 @@ from typing import Any
 from everybit.bench.report.curves import capacity_charts, rate_of, sustain_charts, sweep_charts
 from everybit.bench.report.distributions import cdf, ends_of, firsts_of, gap_cdf
 from everybit.bench.report.figures import NONE, figure, number, plural
-from everybit.bench.report.forest import forest, forest_table
-from everybit.bench.report.markup import Child, Html, facts, section, table, tag
+from everybit.bench.report.forest import SAME, forest, forest_table, said
+from everybit.bench.report.markup import Child, Html, charts, facts, section, table, tag, words
 from everybit.bench.report.pareto import pareto
 from everybit.bench.report.requests import Document, Request, read_requests
-from everybit.bench.report.run import KeyFigure, details, invalid, key_figures, run_brief, run_page
+from everybit.bench.report.run import KeyFigure, alarms, details, invalid, key_figures, run_brief, run_page
 from everybit.errors import SourceError
 
-MOST_RUNS = 40  # whose charts are on the page; of more, only the table is
+MOST_RUNS = 24  # whose charts are on the page; of more, only the table is
 _MOST_COLUMNS, _MOST_CURVES = 4, 12
 _UNITS = {"rate": "requests/s", "users": "users"}
 _DRAWN = ("points", "rows", "slices", "values", "labels", "over")
@@ -32,7 +32,9 @@ def headline(document: Document) -> str:
     if kind == "sweep":
         return f"{plural(len(document.get('runs') or []), 'run')} over {block.get('over', 'settings')}"
     if kind == "compare":
-        return " against ".join(map(str, block.get("labels") or ["A", "B"]))
+        rows = [said(row) for row in block.get("rows") or []]
+        found = f": {SAME} in {rows.count(SAME)} of {plural(len(rows), 'figure')}" if rows else ""
+        return " against ".join(map(str, block.get("labels") or ["A", "B"])) + found
     if kind == "sustain":
         decay = block.get("decay") or {}
         if "per_hour" not in decay:
@@ -50,30 +52,41 @@ def series_page(document: Document) -> list[Child]:
     kind = str(document.get("kind"))
     block: dict[str, Any] = document.get(kind) or {}
     runs = name_runs(document)
-    charts: list[Child] = []
+    drawn: list[Child] = []
     if kind == "capacity":
-        charts = list(capacity_charts(block, [run for _, run in runs]))
+        drawn = list(capacity_charts(block, [run for _, run in runs]))
     elif kind == "sweep":
         values = _values(block)
         quality = document.get("quality") or {}
-        charts = [pareto(runs, quality) if block.get("over") == "model" else sweep_charts(block, values, runs)]
+        drawn = [pareto(runs, quality) if block.get("over") == "model" else sweep_charts(block, values, runs)]
     elif kind == "compare":
-        charts = [forest(block), forest_table(block)]
+        drawn = [forest(block), forest_table(block)]
     elif kind == "sustain":
-        charts = list(sustain_charts(block))
+        drawn = list(sustain_charts(block))
     lines = block.get("lines")
     told = {"lines", *(_DRAWN if document.get("runs") else ())}
     rest = {name: value for name, value in block.items() if name not in told}
     return [
-        _invalid(runs),
+        alarms(runs[0][1]) if len(runs) == 1 else _invalid(runs),
         section(
             "Result",
             tag("pre", "\n".join(map(str, lines))) if lines else None,
-            tag("div", *charts, class_="charts") if any(charts) else None,
-            facts(rest) if rest else None,
+            charts(*drawn),
+            *_rest(rest),
         ),
         *(run_page(runs[0][1]) if len(runs) == 1 else [*side_by_side(runs, _curves(document, runs)), _about(document)]),
     ]
+
+
+def _rest(block: Mapping[str, Any]) -> list[Child]:
+    """What no chart shows: single facts, then tables."""
+    tables = {
+        name: value
+        for name, value in block.items()
+        if isinstance(value, list) and any(isinstance(one, dict) for one in value)
+    }
+    single = {name: value for name, value in block.items() if name not in tables}
+    return [facts(single) if single else None, *([tag("h3", words(name)), facts(one)] for name, one in tables.items())]
 
 
 def many_page(documents: Sequence[Document], names: Sequence[str]) -> tuple[str, list[Child]]:
@@ -119,14 +132,14 @@ def side_by_side(runs: Named, curves: Curves | None = None) -> list[Child]:
     some = runs[:_MOST_CURVES]
     drawn = curves or [(name, read_requests(run)) for name, run in some]
     note = f"the first {_MOST_CURVES} of {len(runs)} runs" if len(some) < len(runs) and not curves else None
-    charts = [
+    cdfs = [
         cdf("Time to the first token", [(name, firsts_of(one)) for name, one in drawn], note=note),
         None if curves else gap_cdf("Time between tokens", some, note=note),
         cdf("Time to the end", [(name, ends_of(one)) for name, one in drawn], note=note),
     ]
     return [
         section("Figures side by side", figures),
-        section("Distributions", tag("div", *charts, class_="charts")) if any(charts) else None,
+        section("Distributions", charts(*cdfs)),
         section("Each run", *(_fold(name, run) for name, run in runs)) if len(runs) <= MOST_RUNS else None,
     ]
 

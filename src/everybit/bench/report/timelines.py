@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from everybit.bench.report.figures import duration, percent, plural
+from everybit.bench.report.figures import duration, number, percent, plural
 from everybit.bench.report.markup import Child, Html, tag
 from everybit.bench.report.plot import Plot
 from everybit.bench.report.requests import Document, Request
@@ -15,7 +15,7 @@ from everybit.bench.report.scale import Scale, around, buckets, from_zero
 MOST_BARS = 400  # requests; more are drawn as a density, with the worst as bars
 _WORST = 80
 _MOMENTS = 300
-_MOST_STALLS = 1500
+_MOST_STALLS = 600
 _LEFT = 58
 _PHASES = (
     ("waiting to be sent", "soft"),
@@ -37,7 +37,7 @@ def run_timelines(run: Document, requests: Sequence[Request]) -> list[Child]:
     begin = (window.get("begin_ms") or 0) / 1000
     seconds = metrics.get("timeline") or {}
     return [
-        *_requests(requests, time, run.get("window") or {}),
+        *_requests(requests, time, window),
         _in_flight(requests, time),
         _per_second(seconds.get("tokens"), time, begin, "Tokens per second", "tokens/s", "s0"),
         _failures(seconds.get("failed"), time, begin),
@@ -49,16 +49,13 @@ def run_timelines(run: Document, requests: Sequence[Request]) -> list[Child]:
 def _requests(requests: Sequence[Request], time: Scale, window: Mapping[str, Any]) -> list[Html]:
     if len(requests) <= MOST_BARS:
         return [_bars("Requests", requests, time, window, "one line each, in the order they were due")]
-    worst = sorted(requests, key=lambda one: (_badness(one), one.intended - one.last))[:_WORST]
+    answered = [one for one in requests if one.counts]
+    worst = sorted(answered, key=lambda one: (one.fluidity or 0, one.intended - one.last))[:_WORST]
     worst.sort(key=lambda one: one.intended)
     return [
         _density(requests, time),
-        _bars(f"The {len(worst)} least smooth requests", worst, time, window, f"of {len(requests):,}, by fluidity"),
+        _bars(f"The {len(worst)} least smooth answers", worst, time, window, f"of {len(answered):,}, by fluidity"),
     ]
-
-
-def _badness(one: Request) -> float:
-    return 2.0 if one.fluidity is None else one.fluidity
 
 
 def _phases(one: Request) -> list[Sequence[Span]]:
@@ -160,7 +157,7 @@ def _per_second(
         return None
     means, width = buckets(list(values))
     edges = [min(time.high, begin + i * width) for i in range(len(means) + 1)]
-    plot = _plot(title, time, from_zero(means), unit, note=f"means of {width} s" if width > 1 else None)
+    plot = _plot(title, time, from_zero(means), unit, _every(width))
     plot.steps(title, tint, edges, means)
     return plot.figure()
 
@@ -168,8 +165,11 @@ def _per_second(
 def _failures(values: Sequence[int] | None, time: Scale, begin: float) -> Html | None:
     if not values or not any(values):
         return None
-    plot = _plot("Failed requests", time, from_zero(values), "in each second")
-    boxes = [(begin + i, begin + i + 1, 0, n, f"{n} failed, second {i + 1}") for i, n in enumerate(values) if n]
+    means, width = buckets(list(values))
+    plot = _plot("Failed requests", time, from_zero(means, 0.01), "per s", _every(width))
+    edges = [min(time.high, begin + i * width) for i in range(len(means) + 1)]
+    tips = [f"{number(mean)} failed a second, from {number(edge)} s" for mean, edge in zip(means, edges, strict=False)]
+    boxes = [(edges[i], edges[i + 1], 0.0, mean, tips[i]) for i, mean in enumerate(means) if mean]
     plot.bars("failed", "bad", boxes)
     return plot.figure()
 
@@ -205,6 +205,10 @@ def _precision(block: Mapping[str, Any] | None, time: Scale, begin: float) -> Ht
         plot.area(name, _level_tint(level, place), _stairs(below, begin, width), _stairs(above, begin, width), tip)
         below = above
     return plot.figure()
+
+
+def _every(width: int) -> str | None:
+    return f"means of {width} s" if width > 1 else None
 
 
 def _level_tint(level: str, place: int) -> str:

@@ -35,15 +35,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def with_command(arguments: Sequence[str]) -> list[str]:
     """`bench URL ...` as `bench run URL ...`."""
     found = list(arguments)
-    place = found.index("bench") + 1 if "bench" in found[:2] else 0
-    if place and found[place:] and found[place] not in (*COMMANDS, "-h", "--help"):
-        found.insert(place, "run")
+    place = next((i for i, one in enumerate(found) if not one.startswith("-")), 0)  # main's options have no values
+    rest = found[place + 1 :]
+    if found[place : place + 1] == ["bench"] and rest and rest[0] not in (*COMMANDS, "-h", "--help"):
+        found.insert(place + 1, "run")
     return found
 
 
 def _checked(args: argparse.Namespace) -> int:
     if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
         raise SourceError(f"bench needs {missing[0]}, which is not installed: pip install 'everybit[bench]'")
+    if "json" in args:
+        from everybit.cli.bench.output import check_output
+
+        check_output(args)
     code: int = args.bench_run(args)
     return code
 

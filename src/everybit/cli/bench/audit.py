@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from everybit.cli.bench.options import add_endpoint, add_output, command_line, known_of
+from everybit.cli.bench.options import add_endpoint, add_output, command_line, known_of, limits_of
 from everybit.errors import OutputError, RequestError, SourceError
 
 if TYPE_CHECKING:
     from everybit.bench.audit import Ask
-    from everybit.bench.http import Client
+    from everybit.bench.http import Client, Limits
     from everybit.bench.preflight import Known
 
 MISMATCH = 1
@@ -43,38 +43,41 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     from everybit.bench.audit import audit, load, record, save
     from everybit.bench.result import series_document
-    from everybit.cli.bench.output import finish
+    from everybit.cli.bench.output import check_writable, finish
 
     created = datetime.now(UTC).isoformat(timespec="seconds")
     reference = load(args.reference) if args.reference else None
+    if args.record and (args.json or args.output is not None):
+        raise SourceError("--record writes FILE and nothing else: leave -o and --json out")
     if args.record and args.record.exists():
         raise OutputError(f"{args.record}: exists already; give another name, or remove it")
-    known = known_of(args)
-    claims = _claims(args.claims, known.models)
+    if args.record:
+        check_writable(args.record)
+    claims = _parse_claims(args.claims) if args.claims is not None else {}
+    known = known_of(args, model=args.model or next(iter(claims.values()), ""))
+    claims = claims or _named(known.models)
     if reference is None:
-        made = _asking(known, lambda ask: record(ask, claims))
+        made = _asking(known, limits_of(args), lambda ask: record(ask, claims))
         save(made, args.record)
         print(f"{len(claims)} precisions recorded by {made.method}: {', '.join(claims)}\nwritten: {args.record}")
         return 0
-    verdicts = _asking(known, lambda ask: audit(ask, reference, claims))
-    lines = [
-        f"{one.claim:>8} {one.model}: {one.verdict}" + (f" (serves {one.served})" if one.verdict == "mismatch" else "")
-        + f"; {one.reason}"
-        for one in verdicts
-    ]  # fmt: skip
+    verdicts = _asking(known, limits_of(args), lambda ask: audit(ask, reference, claims))
+    lines = [f"{one.claim:>8} {one.model}: {one.verdict}; {one.reason}" for one in verdicts]
     block = {"method": reference.method, "verdicts": [asdict(one) for one in verdicts], "lines": lines}
     code = finish(args, series_document("audit", command=command_line(), created=created, block=block))
     wrong = any(one.verdict in ("mismatch", "ignores the switch") for one in verdicts)
     return code or (MISMATCH if wrong else 0)
 
 
-def _claims(text: str | None, models: tuple[str, ...]) -> dict[str, str]:
-    if text is None:
-        found = {match[1]: name for name in models if (match := re.search(r"@(\d)bit$", name))}
-        if not found:
-            raise SourceError("the server names no model with @Nbit: give --claims 4=NAME,8=NAME")
-        return found
-    found = {}
+def _named(models: tuple[str, ...]) -> dict[str, str]:
+    found = {match[1]: name for name in models if (match := re.search(r"@(\d)bit$", name))}
+    if not found:
+        raise SourceError("the server names no model with @Nbit: give --claims 4=NAME,8=NAME")
+    return found
+
+
+def _parse_claims(text: str) -> dict[str, str]:
+    found: dict[str, str] = {}
     for part in text.split(","):
         claim, mark, model = part.strip().partition("=")
         if not mark or not claim or not model or claim in found:
@@ -83,12 +86,12 @@ def _claims(text: str | None, models: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _asking(known: Known, work: Any) -> Any:
+def _asking(known: Known, limits: Limits, work: Any) -> Any:
     """`work(ask)`, with a client to ask by."""
-    from everybit.bench.http import Client, Limits
+    from everybit.bench.http import Client
 
     async def inner() -> Any:
-        client = Client(known.endpoint, Limits())
+        client = Client(known.endpoint, limits)
         reaper = asyncio.create_task(client.keep_reaping())
         try:
             return await work(_ask(client, known))

@@ -6,7 +6,15 @@ import argparse
 from datetime import UTC, datetime
 
 from everybit.cli.bench.load import add_load, workload_of
-from everybit.cli.bench.options import add_endpoint, add_measuring, add_output, add_preset, known_of, settings_of
+from everybit.cli.bench.options import (
+    add_endpoint,
+    add_measuring,
+    add_output,
+    add_preset,
+    known_of,
+    positive,
+    settings_of,
+)
 from everybit.errors import SourceError
 
 
@@ -37,6 +45,11 @@ def run(args: argparse.Namespace) -> int:
     from everybit.bench.series import capacity
     from everybit.cli.bench.output import finish
 
+    positive(args.first_rate, "--first-rate")
+    if not 0 < args.tolerance < 1:
+        raise SourceError(f"--tolerance {args.tolerance:g}: expected more than 0, less than 1")
+    if args.most_rate is not None:
+        positive(args.most_rate, "--most-rate")
     known = known_of(args)
     settings = settings_of(args, known)
     slo = settings.targets.slo
@@ -44,10 +57,14 @@ def run(args: argparse.Namespace) -> int:
         raise SourceError("a capacity is that of an SLO: give --slo, or another preset than batch")
     limits = Limits(slo.share, args.tolerance, args.most_probes, args.most_runs, most_rate=args.most_rate)
     created = datetime.now(UTC).isoformat(timespec="seconds")
+    interrupted = False
 
     def measure(rate: float, seed: int) -> Measured:
-        return measure_run(settings, workload_of(args, known, rate=rate, seed=seed), f"{rate:.3g} requests/s")
+        nonlocal interrupted
+        measured = measure_run(settings, workload_of(args, known, rate=rate, seed=seed), f"{rate:.3g} requests/s")
+        interrupted = measured.interrupted
+        return measured
 
     block, runs = capacity(measure, args.first_rate, limits, args.seed)
     document = series_document("capacity", command=settings.command, created=created, block=block, runs=runs)
-    return finish(args, document)
+    return finish(args, document, interrupted=interrupted)

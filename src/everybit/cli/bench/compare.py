@@ -53,14 +53,13 @@ def run(args: argparse.Namespace) -> int:
             workload = workload_of(args, sides[side].known, seed=args.seed + number)
             measured = measure_run(sides[side], workload, f"round {number + 1} of {args.rounds}, {'AB'[side]}")
             rounds[side].append(measured)
-            interrupted = measured.interrupted
-            if interrupted:
+            if interrupted := measured.interrupted:
                 break
         if interrupted:
             break
-    whole = min(len(rounds[0]), len(rounds[1])) - interrupted
+    whole = number if interrupted else args.rounds
     if whole < 3:
-        raise SourceError(f"interrupted after {max(whole, 0)} whole rounds: an interval needs 3")
+        raise SourceError(f"interrupted after {whole} whole rounds: an interval needs 3")
     a, b = rounds[0][:whole], rounds[1][:whole]
     block = {"labels": [args.a, args.b], "rounds": whole, "rows": compare(a, b, sides[0].targets)}
     runs = [one.document for pair in zip(a, b, strict=True) for one in pair]

@@ -11,6 +11,7 @@ from everybit.errors import OutputError, SourceError
 
 _LENGTHS = 8
 _EACH = 4
+_MOST = 1_000_000
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -38,9 +39,13 @@ def run(args: argparse.Namespace) -> int:
     from everybit.bench.progress import Display
     from everybit.bench.runner import run as run_job
     from everybit.bench.worker import Job
+    from everybit.cli.bench.output import check_writable
 
-    if args.most_prompt < 32 or args.answer < 2:
-        raise SourceError(f"--most-prompt {args.most_prompt} --answer {args.answer}: expected 32 and 2, or more")
+    if not 32 <= args.most_prompt <= _MOST or not 2 <= args.answer <= _MOST:
+        raise SourceError(
+            f"--most-prompt {args.most_prompt} --answer {args.answer}: expected 32 and 2 at least, {_MOST} at most"
+        )
+    check_writable(args.output)
     known = known_of(args)
     texts = replace(random_words(1), chars_per_token=known.chars_per_token or 4)
     ratio = (args.most_prompt / 16) ** (1 / (_LENGTHS - 1))

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +28,20 @@ def add_endpoint(parser: argparse.ArgumentParser, url: bool = True) -> None:
         parser.add_argument("url", metavar="URL", help="such as http://127.0.0.1:8000/v1")
     group = parser.add_argument_group("endpoint")
     group.add_argument("--model", default="", metavar="NAME", help="default: the first that the server names")
-    group.add_argument("--api", choices=("completions", "chat", "responses"), help="default: chat, or as the URL ends")
+    group.add_argument(
+        "--api",
+        choices=("completions", "chat", "responses"),
+        help="default: as the URL ends, or chat, or completions where chat is refused",
+    )
     group.add_argument("--key-env", metavar="NAME", help="environment variable that holds the API key")
     group.add_argument("--header", action="append", default=[], metavar="NAME: VALUE", help="may be repeated")
     group.add_argument("--ca", type=Path, metavar="FILE", help="certificates to trust, PEM")
     group.add_argument("--insecure", action="store_true", help="do not check the server's certificate")
     group.add_argument("--body", default="{}", metavar="JSON", help="fields to add to each request")
     group.add_argument("--ignore-eos", action="store_true", help="ask for answers of exactly the length wanted")
-    group.add_argument("--token-field", default="max_tokens", metavar="NAME", help="chat: or max_completion_tokens")
+    group.add_argument(
+        "--token-field", choices=("max_tokens", "max_completion_tokens"), help="of chat (default max_tokens)"
+    )
     group.add_argument("--no-stream", action="store_true", help="ask for whole answers: only their ends can be timed")
     group.add_argument("--no-usage", action="store_true", help="do not ask for usage in the stream")
     group.add_argument("--timeout-s", type=float, default=120, metavar="S", help="for anything to arrive (default 120)")
@@ -96,26 +103,34 @@ def known_of(args: argparse.Namespace, url: str | None = None, model: str | None
     """A look at the endpoint that the options name. Raises: SourceError"""
     from everybit.bench.asks import Asking
     from everybit.bench.endpoint import parse_url
-    from everybit.bench.preflight import look, plain_words
+    from everybit.bench.load.texts import random_words, read_pool
+    from everybit.bench.preflight import look
 
     endpoint, api = parse_url(url or args.url)
     if args.api and api and args.api != api:
         raise SourceError(f"--api {args.api}, and the address ends as {api} does: give one of them")
+    if not endpoint.tls and (args.ca or args.insecure):
+        raise SourceError(f"{endpoint.url}: --ca and --insecure go with https")
     endpoint = replace(
         endpoint, key=_key(args.key_env), headers=_headers(args.header), ca_file=args.ca, insecure=args.insecure
     )
+    found = args.api or api or "chat"
+    if args.token_field and found != "chat":
+        raise SourceError(f"--token-field goes with chat, not with {found}")
     extra = _body(args.body)
     if args.ignore_eos:
         extra["ignore_eos"] = True
     asking = Asking(
-        args.api or api or "chat",
+        found,
         args.model if model is None else model,
         stream=not args.no_stream,
         usage=not args.no_usage,
-        token_field=args.token_field,
+        token_field=args.token_field or "max_tokens",
         extra=extra,
     )
-    return look(endpoint, asking, limits_of(args), plain_words)
+    texts = read_pool(args.text) if getattr(args, "text", None) else random_words()
+    otherwise = None if args.api or api else "completions"
+    return look(endpoint, asking, limits_of(args), partial(texts.text, "calibration"), otherwise)
 
 
 def limits_of(args: argparse.Namespace) -> Limits:
@@ -130,10 +145,10 @@ def settings_of(args: argparse.Namespace, known: Known) -> Settings:
     from everybit.bench.measuring import Settings
     from everybit.bench.tokens import load_tokenizer
 
-    if args.carbon:
+    if args.carbon is not None:
         parse_intensity(args.carbon)
-    if args.workers is not None and not 1 <= args.workers <= 256:
-        raise SourceError(f"--workers {args.workers}: expected 1 to 256")
+    check_workers(args.workers)
+    positive(args.idle, "--idle", zero=True)
     targets = targets_of(args)
     meter = find_meter()
     idle = _idle(meter, args.idle, args.quiet) if known.endpoint.local and meter.sources else None
@@ -152,6 +167,12 @@ def settings_of(args: argparse.Namespace, known: Known) -> Settings:
         quiet=args.quiet,
         command=command_line(),
     )
+
+
+def check_workers(workers: int | None) -> None:
+    """Raises: SourceError"""
+    if workers is not None and not 1 <= workers <= 256:
+        raise SourceError(f"--workers {workers}: expected 1 to 256")
 
 
 def _ns(seconds: float) -> int:
@@ -177,8 +198,8 @@ def targets_of(args: argparse.Namespace) -> Targets:
 
     preset = PRESETS[args.preset]
     text = args.slo if args.slo is not None else preset["slo"]
-    slo = parse_slo(text) if text else None
-    if args.deadlines:
+    slo = None if text is None else parse_slo(text)
+    if args.deadlines is not None:
         first, mark, gap = args.deadlines.partition(",")
         if not mark:
             raise SourceError(f"--deadlines {args.deadlines}: expected FIRST,GAP such as 500ms,100ms")
@@ -242,10 +263,14 @@ def _headers(given: list[str]) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)  # Python reads NaN and Infinity, which JSON does not have
+
+
 def _body(text: str) -> dict[str, Any]:
     try:
-        body = json.loads(text)
-    except ValueError:
+        body = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
         raise SourceError(f'--body {text[:60]}: expected a JSON object such as {{"temperature": 0}}')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -14,9 +15,24 @@ from everybit.bench.card import card
 from everybit.bench.records import Record
 from everybit.bench.report import write_report
 from everybit.bench.result import write_result
-from everybit.errors import OutputError
+from everybit.errors import OutputError, SourceError
 
 INTERRUPTED = 130
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Before the measurement, not after it: whether its result has a place. Raises: OutputError, SourceError"""
+    if args.json and args.output is not None:
+        raise SourceError("--json writes nothing: leave -o out")
+    if not args.json:
+        check_writable(_folder(args.output))
+
+
+def check_writable(path: Path) -> None:
+    """Raises: OutputError where a file or folder cannot be made."""
+    there = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    if not os.access(there, os.W_OK) or (there != path.absolute() and not there.is_dir()):
+        raise OutputError(f"{path}: cannot be written")
 
 
 def finish(
@@ -39,6 +55,8 @@ def finish(
 def _folder(given: Path | None) -> Path:
     """A new folder: results are not written over."""
     if given is not None:
+        if given.exists() and not given.is_dir():
+            raise OutputError(f"{given}: a file; give a folder with -o")
         if (given / "result.json").exists():
             raise OutputError(f"{given}: holds a result already; give another folder with -o")
         return given

@@ -7,10 +7,14 @@ import argparse
 from everybit.cli.bench.load import add_load, workload_of
 from everybit.cli.bench.options import add_endpoint, add_measuring, add_output, add_preset, known_of, settings_of
 
+NOTHING = 1
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
-        "run", help="one load, measured", description="Send a load to an endpoint and measure what its users feel."
+        "run",
+        help="one load, measured",
+        description="Send a load to an endpoint and measure what its users feel. Exit code 1: nothing was answered.",
     )
     add_endpoint(parser)
     add_preset(parser)
@@ -27,4 +31,5 @@ def run(args: argparse.Namespace) -> int:
     known = known_of(args)
     settings = settings_of(args, known)
     measured = measure_run(settings, workload_of(args, known), known.asking.model)
-    return finish(args, measured.document, measured.records, measured.interrupted)
+    code = finish(args, measured.document, measured.records, measured.interrupted)
+    return code or (0 if measured.document["metrics"] else NOTHING)

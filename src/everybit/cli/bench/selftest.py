@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from datetime import UTC, datetime
 
-from everybit.cli.bench.options import add_output, command_line
+from everybit.cli.bench.options import add_output, check_workers, command_line
 from everybit.errors import SourceError
 
 INEXACT = 1
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not 8 <= args.seconds <= 3600:
         raise SourceError(f"--seconds {args.seconds:g}: expected 8 to 3600")
+    check_workers(args.workers)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     block = selftest(args.seconds, args.workers, args.quiet)
     code = finish(args, series_document("selftest", command=command_line(), created=created, block=block))

@@ -37,15 +37,18 @@ def run(args: argparse.Namespace) -> int:
     from everybit.cli.bench.output import finish
 
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", args.length)
-    if found is None or not float(found[1]):
-        raise SourceError(f"{args.length!r}: expected a time such as 90s, 10m or 2h")
+    seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]] if found else 0
+    if seconds < 1:
+        raise SourceError(f"{args.length!r}: expected a time such as 90s, 10m or 2h, 1s at least")
     if args.duration is not None:
         raise SourceError("--duration: the time to sustain stands after the address")
-    args.duration = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+    args.duration = seconds
     known = known_of(args)
     settings = settings_of(args, known)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     measured = measure_run(settings, workload_of(args, known), f"{args.length} of {known.asking.model}")
+    if measured.document["metrics"] is None:
+        raise SourceError("; ".join(measured.document["validity"]["reasons"]))
     window = measured.document["window"]
     block = sustain(measured.records, int(window["begin_ms"] * 1e6), int(window["end_ms"] * 1e6), _SLICES)
     document = series_document(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,23 +41,28 @@ def run(args: argparse.Namespace) -> int:
     from everybit.bench.series import sweep_point
     from everybit.cli.bench.output import finish
 
-    if not args.models and (args.rate or args.users):
+    if args.models is None and (args.rate is not None or args.users is not None):
         raise SourceError("--rate and --users go with --models: what is swept is its own load")
     quality = _quality(args.quality)
     over, values = _values(args)
+    if over == "model" and args.model:
+        raise SourceError("--model and --models: give one of them")
+    if over != "model" and quality:
+        raise SourceError("--quality goes with --models")
     known = known_of(args, model=str(values[0]) if over == "model" else None)
     if over == "model" and (absent := [one for one in values if known.models and one not in known.models]):
         raise SourceError(f"--models {absent[0]}: the server has {', '.join(known.models[:10])}")
     settings = settings_of(args, known)
     created = datetime.now(UTC).isoformat(timespec="seconds")
+    workloads = [  # all of them first: one that cannot be made must not cost the runs before it
+        workload_of(args, known, rate=value if over == "rate" else None, users=value if over == "users" else None)
+        for value in values
+    ]
     points: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
     interrupted = False
-    for value in values:
+    for value, workload in zip(values, workloads, strict=True):
         here = settings.at_model(str(value)) if over == "model" else settings
-        rate = value if over == "rate" else args.rate
-        workload = workload_of(args, known, rate=None if rate is None else float(rate),
-                               users=int(value) if over == "users" else args.users)  # fmt: skip
         measured = measure_run(here, workload, f"{over} {value}")
         runs.append(measured.document)
         points.append(sweep_point(value, measured.document))
@@ -71,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _values(args: argparse.Namespace) -> tuple[str, list[Any]]:
-    name, text = next((n, t) for n, t in (("rate", args.rates), ("users", args.crowds), ("model", args.models)) if t)
+    given = {"rate": args.rates, "users": args.crowds, "model": args.models}
+    name, text = next((name, text) for name, text in given.items() if text is not None)
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or len(set(parts)) != len(parts):
         raise SourceError(f"{text!r}: expected values with commas between, each once")
@@ -91,6 +98,8 @@ def _quality(path: Path | None) -> dict[str, Any] | None:
         found = {name: one if isinstance(one, dict) else {"value": one} for name, one in document.items()}
         for one in found.values():
             one["value"] = float(one["value"])
+            if not math.isfinite(one["value"]):
+                raise ValueError(one["value"])
             one.setdefault("unit", "")
             one.setdefault("lower_is_better", True)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
