@@ -146,8 +146,14 @@ def measure(tool: Tool, executable: str, ask: Ask) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             found = tool(executable, ask, Path(folder))
-        except ToolError as error:
-            return {"failed": str(error)}
+        except (
+            ToolError,
+            OSError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:  # the last ones: its result is not whole
+            return {"failed": f"{type(error).__name__}: {error}"}
     real = truth(ask.url, ask.count)
     line = {
         "said": {"first": found.first, "between": found.between, "requests": found.requests, "rate": found.rate},
@@ -162,8 +168,8 @@ def measure(tool: Tool, executable: str, ask: Ask) -> dict[str, Any]:
 def install(executable: str, package: str, command: str) -> dict[str, Any]:
     """Version, size and start of a tool."""
     bin = Path(executable).parent
-    ask = [bin / "python", "-c", f"from importlib.metadata import version; print(version({package!r}))"]
-    size = ["du", "-skc", *bin.parent.glob("lib/python*/site-packages")]
+    ask = [str(bin / "python"), "-c", f"from importlib.metadata import version; print(version({package!r}))"]
+    size = ["du", "-skc", *map(str, bin.parent.glob("lib/python*/site-packages"))]
     version, sizes = (subprocess.run(one, capture_output=True, text=True, check=True).stdout for one in (ask, size))
     times = []
     for _ in range(5):
@@ -179,11 +185,11 @@ def install(executable: str, package: str, command: str) -> dict[str, Any]:
 
 def card(lines: list[dict[str, Any]]) -> str:
     """Means over the rounds."""
-    rows = [f"{'':28} {'first token: error of':^26}   between tokens   done   rate"]
-    rows.append(f"{'':28} {'mean':>8} {'p50':>8} {'p99':>8} ms {'said':>7} {'error':>7}")
+    rows = [f"{'':30} {'first token: error of':^26}   between tokens   done   rate"]
+    rows.append(f"{'':30} {'mean':>8} {'p50':>8} {'p99':>8} ms {'said':>7} {'error':>7}")
     for rate, name in dict.fromkeys((line["asked_rate"], line["tool"]) for line in lines):
         mine = [line for line in lines if (line["asked_rate"], line["tool"]) == (rate, name)]
-        rows += [f"{rate:3g}/s {name:23} {line['failed']}" for line in mine if "failed" in line]
+        rows += [f"{rate:3g}/s {name:24} {line['failed']}" for line in mine if "failed" in line]
         if done := [line for line in mine if "failed" not in line]:
             errors = [statistics.fmean(line["error_ms"][one] for line in done) for one in ("mean", "p50", "p99")]
             between, requests, rate_said = (
@@ -191,7 +197,7 @@ def card(lines: list[dict[str, Any]]) -> str:
             )
             percent = statistics.fmean(line["error_between_percent"] for line in done)
             rows.append(
-                f"{rate:3g}/s {name:22} {errors[0]:+8.2f} {errors[1]:+8.2f} {errors[2]:+8.2f}    {between:7.2f}"
+                f"{rate:3g}/s {name:24}{errors[0]:+8.2f} {errors[1]:+8.2f} {errors[2]:+8.2f}    {between:7.2f}"
                 f" {percent:+6.1f} % {requests:6g} {rate_said:6.1f}"
             )
     return "\n".join(rows)

@@ -5,7 +5,7 @@
 The mock answers after 50 ms with 16 tokens, so that the schedule is tested and not the server. Each run takes --seconds
 (60): at 20x it replays the first 20 minutes of the trace. Lag is sent - intended, of each request. `transit_ms`: from
 sending to the arrival of the last byte at the mock, the difference of the means of what the bench saw and what the mock
-did. Bytes are those of the prompts (the mock counts 4 characters a token).
+did. Bytes are those of the prompts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cpu_decode import machine
+from everybit.bench.mock.asks import CHARACTERS_PER_TOKEN
 from everybit.bench.mock.run import running
 from everybit.bench.mock.script import Script
 from everybit.bench.mock.truth import fetch_truth
@@ -26,7 +27,6 @@ from peers.served import commit, write_line
 
 SCRIPT = Script(ttft_ms=50, tokens=16)
 MOST_LAG_MS = 10.0
-CHARACTERS_PER_TOKEN = 4
 
 
 def replay(trace: Path, speed: float, workers: int | None, seconds: float) -> dict[str, Any]:
@@ -72,11 +72,12 @@ def main() -> int:
     parser.add_argument("--mooncake", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=60, help="of each run (default 60)")
     parser.add_argument("--speeds", type=float, nargs="+", default=[1, 20])
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="0: what the bench chooses itself")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 4], help="0: what the bench chooses itself")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    shown = " ".join(Path(one).name if one.startswith("/") else one for one in sys.argv)
     common = {"benchmark": "replay", "seconds": args.seconds, "commit": commit(), "machine": machine()}
-    common["command"] = "python " + " ".join(sys.argv)
+    common["command"] = f"python {shown}"
     lines = []
     for trace in (args.azure, args.mooncake):
         for speed in args.speeds:

@@ -365,14 +365,14 @@ def test_bytes_without_end(begun: bytes) -> None:
         while True:
             await peer.send(block, pause=0)
 
-    found = asked(serve, Limits(most_bytes=100_000))
+    found = asked(serve, Limits(longest_s=5, most_bytes=100_000))
     assert found.error == "endless"
     assert 100_000 < found.size < 1_000_000
 
 
 def test_interim_answers_without_end() -> None:
-    found = asked(always(b"HTTP/1.1 100 Continue\r\n\r\n" * 8000, then=1), Limits(most_bytes=100_000))
-    assert found.error == "endless"
+    found = asked(always(b"HTTP/1.1 100 Continue\r\n\r\n" * 8000, then=1), Limits(longest_s=5, most_bytes=100_000))
+    assert (found.error, found.detail.endswith(" bytes")) == ("endless", True)
 
 
 def test_events_and_time_without_end() -> None:

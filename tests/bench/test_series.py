@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -17,6 +21,7 @@ from everybit.bench.measuring import Measured
 from everybit.bench.mock.run import running
 from everybit.bench.mock.script import Script
 from everybit.bench.records import MS, SECOND, Record
+from everybit.bench.result import read_result
 from everybit.bench.search import Limits
 from everybit.bench.series import capacity, compare, sustain, sweep_point
 from everybit.bench.targets import Targets
@@ -35,7 +40,11 @@ def url() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder; and workers of a server that has imported what they need, since there are many runs here."""
     monkeypatch.chdir(tmp_path)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "everybit.bench.worker"])
+    monkeypatch.setattr("everybit.bench.runner.multiprocessing.get_context", lambda method: context)
 
 
 @pytest.fixture
@@ -306,3 +315,30 @@ def test_rows_of_the_selftest(monkeypatch, capsys):
         monkeypatch.setattr(selftest, "selftest", lambda seconds, workers, quiet, block=block: {**block, "s": seconds})
         assert main(["bench", "selftest", "--seconds", "8", "--workers", "2", "--json", "--quiet"]) == code
         assert json.loads(capsys.readouterr().out)["selftest"] == {**block, "s": 8}
+
+
+def test_a_series_that_was_killed_goes_on_from_the_runs_it_has(tmp_path: Path) -> None:
+    with running(Script(ttft_ms=5, gap_ms=2)) as url:
+        command = ["everybit", "bench", "sweep", url, "--rates", "20,30,40", "--duration", "1", "-o", str(tmp_path / "s")]
+        command += ["--prompt", "8", "--output-tokens", "4", "--quiet"]
+        process = subprocess.Popen([sys.executable, "-m", "everybit.cli.main", *command[1:]])
+        while not (tmp_path / "s" / "run-02" / "result.json").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "s" / "result.json").exists()
+        kept = read_result(tmp_path / "s" / "run-01")
+        again = subprocess.run(
+            [sys.executable, "-m", "everybit.cli.main", *command[1:]], capture_output=True, text=True, check=True
+        )
+        assert again.stderr.count("was there") == 2
+        document = read_result(tmp_path / "s")
+        assert document["runs"][0] == kept
+        assert [point["value"] for point in document["sweep"]["points"]] == [20, 30, 40]
+        (tmp_path / "s" / "result.json").unlink()
+        other = subprocess.run(
+            [sys.executable, "-m", "everybit.cli.main", *command[1:], "--seed", "1"], capture_output=True, text=True
+        )
+        assert other.returncode == 2
+        assert "another command" in other.stderr

@@ -44,11 +44,12 @@ def attribute(
     total = sum(tokens)
     if usage is None or not texts:
         return tokens, source, None
+    believable = 0 < usage <= _MOST_PER_CHARACTER * sum(map(len, texts)) + _MOST_SILENT * len(texts)
+    if source == "pieces" and len(texts) == 1 and believable:  # all of it came at once
+        return [usage], "usage", None
     if total == usage or (finish == "stop" and total + 1 == usage):
         return tokens, "usage" if source == "pieces" else source, None
-    if source == "pieces" and 0 < usage <= _MOST_PER_CHARACTER * sum(map(len, texts)) + _MOST_SILENT * len(texts):
-        if len(texts) == 1:  # all of it came at once
-            return [usage], "usage", None
+    if source == "pieces" and believable:
         return _spread(usage, [len(text) for text in texts]), "spread", total
     return tokens, source, total
 

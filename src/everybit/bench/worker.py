@@ -31,7 +31,6 @@ _STALL_NS = 100_000_000  # a beat this late: the process, not the server, stood 
 _AHEAD = 64  # sessions whose requests are written before their time
 _SPARE_EVENTS = 256  # a stream may have more events than 8 a token and these, not more
 
-
 _Ready = tuple[Session, Iterator[Turn], Turn, bytes]  # with the first turn, the others, and its request
 
 
@@ -239,6 +238,7 @@ class _Worker:
             now = self._now()
             if now - due > _STALL_NS:
                 self._stalls.append((due, now))
+                reap = now + _STALL_NS  # what came meanwhile is read first
             due = max(due + _BEAT_NS, now)
             if now > reap:
                 self._client.reap()

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from everybit.bench.result import series_document
     from everybit.bench.search import Limits
     from everybit.bench.series import capacity
-    from everybit.cli.bench.output import finish
+    from everybit.cli.bench.output import Runs, finish
 
     positive(args.first_rate, "--first-rate")
     if not 0 < args.tolerance < 1:
@@ -58,13 +58,15 @@ def run(args: argparse.Namespace) -> int:
     limits = Limits(slo.share, args.tolerance, args.most_probes, args.most_runs, most_rate=args.most_rate)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     interrupted = False
+    runs = Runs(args, settings.command)
 
     def measure(rate: float, seed: int) -> Measured:
         nonlocal interrupted
-        measured = measure_run(settings, workload_of(args, known, rate=rate, seed=seed), f"{rate:.3g} requests/s")
+        workload = workload_of(args, known, rate=rate, seed=seed)
+        measured = runs.measured(lambda: measure_run(settings, workload, f"{rate:.3g} requests/s"))
         interrupted = measured.interrupted
         return measured
 
-    block, runs = capacity(measure, args.first_rate, limits, args.seed)
-    document = series_document("capacity", command=settings.command, created=created, block=block, runs=runs)
+    block, documents = capacity(measure, args.first_rate, limits, args.seed)
+    document = series_document("capacity", command=settings.command, created=created, block=block, runs=documents)
     return finish(args, document, interrupted=interrupted)

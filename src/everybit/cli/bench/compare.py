@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from datetime import UTC, datetime
+from functools import partial
 
 from everybit.cli.bench.load import add_load, workload_of
 from everybit.cli.bench.options import add_endpoint, add_measuring, add_output, add_preset, known_of, settings_of
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from everybit.bench.measuring import Measured, measure_run
     from everybit.bench.result import series_document
     from everybit.bench.series import compare
-    from everybit.cli.bench.output import finish
+    from everybit.cli.bench.output import Runs, finish
 
     if args.rounds < 3:
         raise SourceError(f"--rounds {args.rounds}: an interval needs 3 or more")
@@ -48,10 +49,12 @@ def run(args: argparse.Namespace) -> int:
     created = datetime.now(UTC).isoformat(timespec="seconds")
     rounds: tuple[list[Measured], list[Measured]] = ([], [])
     interrupted = False
+    runs = Runs(args, sides[0].command)
     for number in range(args.rounds):
         for side in (0, 1) if number % 2 == 0 else (1, 0):
             workload = workload_of(args, sides[side].known, seed=args.seed + number)
-            measured = measure_run(sides[side], workload, f"round {number + 1} of {args.rounds}, {'AB'[side]}")
+            title = f"round {number + 1} of {args.rounds}, {'AB'[side]}"
+            measured = runs.measured(partial(measure_run, sides[side], workload, title))
             rounds[side].append(measured)
             if interrupted := measured.interrupted:
                 break
@@ -62,6 +65,6 @@ def run(args: argparse.Namespace) -> int:
         raise SourceError(f"interrupted after {whole} whole rounds: an interval needs 3")
     a, b = rounds[0][:whole], rounds[1][:whole]
     block = {"labels": [args.a, args.b], "rounds": whole, "rows": compare(a, b, sides[0].targets)}
-    runs = [one.document for pair in zip(a, b, strict=True) for one in pair]
-    document = series_document("compare", command=sides[0].command, created=created, block=block, runs=runs)
+    documents = [one.document for pair in zip(a, b, strict=True) for one in pair]
+    document = series_document("compare", command=sides[0].command, created=created, block=block, runs=documents)
     return finish(args, document, interrupted=interrupted)

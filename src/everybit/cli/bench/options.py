@@ -61,7 +61,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json: count tokens here")
     group.add_argument("--warmup", type=float, default=0, metavar="S", help="requests sent before are not scored")
-    group.add_argument("--drain", type=float, default=60, metavar="S", help="for what runs at the end (default 60)")
+    group.add_argument("--drain", type=float, default=60, metavar="S", help="single requests, at the end (default 60)")
     group.add_argument("--workers", type=int, metavar="N", help="processes that send (default: by the load)")
     group.add_argument("--no-reuse", action="store_true", help="a new connection for each request")
     group.add_argument("--idle", type=float, default=5, metavar="S", help="measure power at rest before (default 5)")

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from everybit.bench.measuring import measure_run
     from everybit.bench.result import series_document
     from everybit.bench.series import sweep_point
-    from everybit.cli.bench.output import finish
+    from everybit.cli.bench.output import Runs, finish
 
     if args.models is None and (args.rate is not None or args.users is not None):
         raise SourceError("--rate and --users go with --models: what is swept is its own load")
@@ -59,17 +60,18 @@ def run(args: argparse.Namespace) -> int:
         for value in values
     ]
     points: list[dict[str, Any]] = []
-    runs: list[dict[str, Any]] = []
+    documents: list[dict[str, Any]] = []
+    runs = Runs(args, settings.command)
     interrupted = False
     for value, workload in zip(values, workloads, strict=True):
         here = settings.at_model(str(value)) if over == "model" else settings
-        measured = measure_run(here, workload, f"{over} {value}")
-        runs.append(measured.document)
+        measured = runs.measured(partial(measure_run, here, workload, f"{over} {value}"))
+        documents.append(measured.document)
         points.append(sweep_point(value, measured.document))
         if interrupted := measured.interrupted:
             break
     document = series_document(
-        "sweep", command=settings.command, created=created, block={"over": over, "points": points}, runs=runs
+        "sweep", command=settings.command, created=created, block={"over": over, "points": points}, runs=documents
     )
     if quality:
         document["quality"] = quality
