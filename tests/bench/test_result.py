@@ -49,7 +49,7 @@ def answer(number: int = 0, at_ms: int = 0, lag_ms: int = 0, **more: Any) -> Rec
         "usage_prompt": 40,
         "usage_output": 5,
     }
-    return Record(number, number, 0, 0, at_ms * MS, **{**known, **more})
+    return Record(number, number, 0, 0, at_ms * MS, **{"finish": "stop", **known, **more})
 
 
 def failure(number: int, error: str, detail: str = "") -> Record:

@@ -29,7 +29,7 @@ def _run(document: Document) -> Iterator[str]:
         return
     count, speed, latency = metrics["requests"], metrics["throughput"], metrics["latency"]
     yield (
-        f"  requests    {count['complete']} complete, {count['failed']} failed in {speed['seconds']:.1f} s:"
+        f"  requests     {count['complete']} complete, {count['failed']} failed in {speed['seconds']:.1f} s:"
         f" {speed['requests_per_s']:.2f}/s, {speed['output_tokens_per_s']:.1f} tokens/s,"
         f" {speed['concurrency_mean']:.1f} at once"
     )
@@ -41,31 +41,31 @@ def _run(document: Document) -> Iterator[str]:
         ("whole answer", latency["e2e_ms"]),
     ):
         if block is not None:
-            yield f"  {name:<12}" + _latency(block)
+            yield f"  {name:<13}" + _latency(block)
     if metrics["stalls"]:
         stalls = metrics["stalls"]
         longest = f", longest {stalls['longest_ms']:.0f} ms" if stalls["longest_ms"] is not None else ""
-        yield f"  {'stalls':<12}{stalls['count']} over {stalls['longer_than_ms']:.0f} ms{longest}"
+        yield f"  {'stalls':<13}{stalls['count']} over {stalls['longer_than_ms']:.0f} ms{longest}"
     smooth = metrics["fluidity"]
     targets = document["targets"]
-    first = targets["first_ms"]
+    slack, rate = targets["slack_ms"], smooth["fluid_token_rate_per_s"]
+    first = f"{targets['first_ms']:g} ms" if slack is None else f"the ideal's time and {slack:g} ms"
     yield (
-        f"  {'fluidity':<12}{smooth['mean']:.3f} (worst 1 %: {smooth['p1']:.3f}) at deadlines of"
-        f" {'the ideal' if first is None else f'{first:g} ms'} and {targets['gap_ms']:g} ms;"
-        f" {smooth['fluid_token_rate_per_s']:.1f} fluid tokens/s"
+        f"  {'fluidity':<13}{smooth['mean']:.3f} (worst 1 %: {smooth['p1']:.3f}) at deadlines of {first}"
+        f" and {targets['gap_ms']:g} ms" + ("" if rate is None else f"; {rate:.1f} fluid tokens/s")
     )
     if good := metrics["goodput"]:
         yield (
-            f"  {'SLO':<12}{'kept' if good['met'] else 'NOT KEPT'}: {good['kept']} of {good['of']}"
+            f"  {'SLO':<13}{'kept' if good['met'] else 'NOT KEPT'}: {good['kept']} of {good['of']}"
             f" ({good['share']:.1%}), goodput {good['requests_per_s']:.2f} requests/s"
         )
     if over := metrics["over_ideal"]:
-        yield f"  {'over ideal':<12}{over['p50']:.2f}x median, {over['p90']:.2f}x p90"
+        yield f"  {'over ideal':<13}{over['p50']:.2f}x median, {over['p90']:.2f}x p90"
     if precision := metrics["precision"]:
         shares = ", ".join(f"{level}: {count}" for level, count in precision["tokens"].items())
-        yield f"  {'precision':<12}tokens by bits {shares}; {precision['requests_with_switch']} requests switched"
+        yield f"  {'precision':<13}tokens by bits {shares}; {precision['requests_with_switch']} requests switched"
     sources = ", ".join(f"{name} {count}" for name, count in document["tokens"]["sources"].items())
-    yield f"  {'counted by':<12}{sources or 'nothing'}"
+    yield f"  {'counted by':<13}{sources or 'nothing'}"
     yield from _energy(document["energy"])
 
 
@@ -81,15 +81,15 @@ def _energy(energy: Document | None) -> Iterator[str]:
     if energy is None:
         return
     if energy["status"] != "measured":
-        yield f"  {'energy':<12}unavailable: {energy['reason']}"
+        yield f"  {'energy':<13}unavailable: {energy['reason']}"
         return
     above = energy["joules_above_idle"]
     per_token = energy["joules_per_output_token"]
     text = f"{energy['joules']:.0f} J" + (f", {above:.0f} J above rest" if above is not None else "")
-    yield f"  {'energy':<12}{text}" + (f", {per_token:.2f} J a token" if per_token is not None else "")
+    yield f"  {'energy':<13}{text}" + (f", {per_token:.2f} J a token" if per_token is not None else "")
     if carbon := energy["carbon"]:
         value, low, high = carbon["grams"]
-        yield f"  {'CO2e':<12}{value:.3g} g ({low:.3g} to {high:.3g}) at {carbon['intensity']} g/kWh"
+        yield f"  {'CO2e':<13}{value:.3g} g ({low:.3g} to {high:.3g}) at {carbon['intensity']} g/kWh"
 
 
 def _series(document: Document) -> Iterator[str]:

@@ -30,6 +30,7 @@ from everybit.bench.targets import Document, Slo, Targets, Window, prompt_tokens
 from everybit.errors import SourceError
 
 _EARLY_TOKENS, _EARLY_SHARE = 16, 10  # a stall is early within 16 tokens or a tenth of the stream, whichever is more
+_NO_GAP_NS = 1000  # with a gap this small answers are over before their first token was due: no rate bounds them
 _LEVELS = 32  # precisions shown: a server may name as many as it likes
 
 
@@ -288,7 +289,7 @@ def _fluidity_figures(scores: Sequence[Fluidity], gaps: Sequence[int | None]) ->
         "p50": percentile(ordered, 50),
         "smooth_share": (len(ordered) - bisect_left(ordered, SMOOTH)) / len(ordered),
         "deadline_hit_ratio": sum(one.deadline_hit_ratio for one in scores) / len(scores),
-        "fluid_token_rate_per_s": fluid_token_rate(gaps),
+        "fluid_token_rate_per_s": fluid_token_rate(gaps) if p99 > _NO_GAP_NS else None,
         "least_gap_p99_ms": None if math.isinf(p99) else p99 / MS,
         "without_gap": gaps.count(None),
     }

@@ -190,6 +190,7 @@ def _doubts(due: Sequence[Record]) -> list[str]:
         (sum(bool(r.error) and r.error != "cancelled" for r in due), "requests failed"),
         (sum(not r.streamed for r in complete), "answers came whole, not as a stream: no times between tokens"),
         (sum(r.usage_output is None for r in complete), "answers without usage: tokens are as the streams had them"),
+        (sum(not r.finish for r in complete), "answers ended without a finish_reason: the server may have cut them"),
         (sum(r.malformed > 0 for r in due), "answers held events that could not be read"),
     ]
     found = [f"{count} of {len(due)} {what}" for count, what in cases if count]
