@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -503,12 +504,12 @@ def test_a_report_of_one_of_several_and_anew(url, call, tmp_path):
     for name in ("one", "two"):
         assert call(url, *FEW, "--slo", "ttft=9s", "-o", name)[0] == 0
     code, out, _ = call("report", "one", "-o", "one.html")
-    assert (code, "SLO         kept: 4 of 4" in out) == (0, True)
+    assert (code, bool(re.search("SLO +kept: 4 of 4", out))) == (0, True)
     code, out, _ = call("report", "one", "two/result.json", "-o", "both.html", "--names", "first,second")
     assert (code, "== first\n" in out) == (0, True)
     assert "second" in (tmp_path / "both.html").read_text()
     anew = {
-        ("--slo", "ttft=1us"): "SLO         NOT KEPT",
+        ("--slo", "ttft=1us"): "SLO          NOT KEPT",
         ("--deadlines", "1s,33ms"): "deadlines of 1000 ms and 33 ms",
         ("--preset", "mlperf-interactive"): "deadlines of 450 ms and 40 ms",
         ("--stall-ms", "1"): "over 1 ms",
@@ -521,9 +522,17 @@ def test_a_report_of_one_of_several_and_anew(url, call, tmp_path):
 
 
 def test_the_short_form() -> None:
-    assert with_command(["bench", "u"]) == ["bench", "run", "u"]
+    assert with_command(["bench", "http://u"]) == ["bench", "run", "http://u"]
     assert with_command(["--debug", "bench", "--json", "u"]) == ["--debug", "bench", "run", "--json", "u"]
-    for same in (["bench"], ["bench", "-h"], ["bench", "sweep", "u"], ["inspect", "bench"], ["chat", "bench", "x"], []):
+    for same in (
+        ["bench"],
+        ["bench", "runn", "http://u"],
+        ["bench", "-h"],
+        ["bench", "sweep", "u"],
+        ["inspect", "bench"],
+        ["chat", "bench", "x"],
+        [],
+    ):
         assert with_command(same) == same
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from everybit.bench.fluidity import Deadlines
 from everybit.bench.ideal import Ideal, fit, parse_ideal, read_ideal
-from everybit.bench.metrics import arrivals, measure, stalls
+from everybit.bench.metrics import arrivals, latencies, measure, stalls
 from everybit.bench.records import MS, SECOND, Record
 from everybit.bench.statistics import (
     bootstrap_interval,
@@ -270,6 +270,38 @@ def test_an_old_run_scored_anew_under_another_target() -> None:
     assert loose["mean"] == 1 > tight["mean"]
     assert tight["smooth_share"] == 11 / 20
     assert loose["fluid_token_rate_per_s"] > tight["fluid_token_rate_per_s"] > 20
+
+
+def test_a_short_answer_bounds_no_fluid_token_rate() -> None:
+    for gaps in ((20,) * 4, (20,) * 6):  # all before the first deadline; and 20 ms after it, 300 tokens/s that were 50
+        found = measure([answer(gaps_ms=gaps)], WINDOW, TARGETS)["fluidity"]
+        assert (found["bounded_by"], found["fluid_token_rate_per_s"], found["least_gap_p99_ms"]) == (
+            "first token", None, None,
+        )  # fmt: skip
+    pace = measure([answer(gaps_ms=(20,) * 4), answer(gaps_ms=(20,) * 50)], WINDOW, TARGETS)["fluidity"]
+    assert pace["bounded_by"] is None  # the slowest decides
+    assert 50 < pace["fluid_token_rate_per_s"] < 100
+    late = measure([answer(first_ms=2000, gaps_ms=(0,) * 30)], WINDOW, TARGETS)["fluidity"]
+    assert late["bounded_by"] is None  # its pace has no bound
+    assert late["fluid_token_rate_per_s"] > 0
+
+
+def test_a_short_time_has_no_rates() -> None:
+    records = [answer(0), answer(1, at_ms=100, usage_prompt=5)]
+    targets = replace(TARGETS, slo=Slo(first_ns=SECOND))
+    short = measure(records, Window(0, 999 * MS), targets)
+    rates = ("output_tokens_per_s", "prompt_tokens_per_s", "requests_per_s")
+    assert [short["throughput"][name] for name in rates] == [None] * 3
+    assert (short["goodput"]["kept"], short["goodput"]["requests_per_s"]) == (2, None)
+    whole = measure(records, Window(0, SECOND), targets)
+    assert [whole["throughput"][name] for name in rates] == [20, 5, 2]
+    assert whole["goodput"]["requests_per_s"] == 2
+
+
+def test_the_latencies_of_one_request() -> None:
+    assert latencies(answer(at_ms=50, lag_ms=30)) == (200 * MS, 20 * MS, 381 * MS)
+    assert latencies(answer(gaps_ms=())) == (200 * MS, None, 201 * MS)
+    assert latencies(failure(times_ns=[MS], tokens=[1])) == (None, None, None)
 
 
 def test_stalls_are_counted_and_placed() -> None:

@@ -150,8 +150,21 @@ def sustain_of() -> dict[str, Any]:
 
 
 def audit_of() -> dict[str, Any]:
-    verdicts = [{"claim": "8", "verdict": "mismatch: serves 4", "found": "4", "distances": {"4": 0.001, "8": 0.2}}]
-    return series("audit", {"verdicts": verdicts}, [])
+    verdicts = [
+        {
+            "claim": claim,
+            "verdict": verdict,
+            "confidence": 1.0,
+            "distances": {name: {"rms": rms, "mean": rms, "max": 9.0} for name, rms in (("4", 0.001), ("8", 0.2))},
+        }
+        for claim, verdict in (("4", "confirmed"), ("8", "mismatch"))
+    ]
+    verdicts.append({**verdicts[0], "claim": "2", "verdict": "unknown", "distances": {}, "confidence": None})
+    return series("audit", {"verdicts": verdicts, "lines": ["       4 m@4bit: confirmed"]}, [])
+
+
+def selftest_of() -> dict[str, Any]:
+    return series("selftest", {"rows": [{"what": "gaps", "error": 0.1}], "ok": False, "lines": ["gaps TOO FAR"]}, [])
 
 
 ALL = {
@@ -166,6 +179,7 @@ ALL = {
     "compare": compare_of,
     "sustain": sustain_of,
     "audit": audit_of,
+    "selftest": selftest_of,
 }
 
 
@@ -356,12 +370,65 @@ def test_capacity_shows_its_curve() -> None:
 
 def test_side_by_side_has_a_column_for_each() -> None:
     page = Reader(render_many([run_of(), capacity_of()], ["one", "two"]))
-    assert "6 runs side by side" in page.text
+    assert "2 results side by side" in page.text
     assert "two: run 5, 20 requests/s" in page.text
     with pytest.raises(SourceError, match="2 results and 1 names"):
         render_many([run_of(), run_of()], ["one"])
-    with pytest.raises(SourceError, match="none of the results holds a run"):
-        render_many([audit_of()], ["audit"])
+
+
+def test_side_by_side_every_result_says_what_it_found() -> None:
+    documents = {kind: ALL[kind]() for kind in ("run", "capacity", "compare", "sweep", "sustain", "audit", "selftest")}
+    page = Reader(render_many(list(documents.values()), [f"my {kind}" for kind in documents]))
+    for said in (
+        *("first token", "Capacity 14 requests/s", "indistinguishable in 2 of 3", "5 runs over model", "B over A"),
+        *("confirmed: 1, mismatch: 1, unknown: 1", "own error: too large", "asked for: 99 %", "gaps TOO FAR"),
+    ):
+        assert said in page.text, said
+    for kind in documents:
+        assert page.texts.count(f"my {kind}") >= 2, kind  # in the table, and above its own part or its figures
+    assert Reader(render_many([audit_of(), selftest_of()], ["a", "b"])).texts.count("mismatch") == 1
+
+
+def test_an_audit_is_a_matrix() -> None:
+    page = render(audit_of())
+    assert re.findall(r'<th scope="col">(.*?)</th>', page) == ["claim", "verdict", "from 4", "from 8", "confidence"]
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', page)
+    assert rows[1] == ("8", "<td>mismatch</td><td><b>0.001</b></td><td><span>0.2</span></td><td>100 %</td>")
+    assert rows[2][1].count("\u2013") == 3  # its tokens were others: no distance
+
+
+def test_runs_over_short_times_and_interrupted_ones_are_marked() -> None:
+    document = series("sweep", {"over": "rate", "values": [40, 50]}, [run_of(20, 40.0), run_of(60, 50.0)])
+    document["runs"][0]["validity"]["warnings"].append("interrupted: measured until then")
+    page = Reader(render(document))
+    assert "40 requests/s, interrupted" in page.texts
+    assert "50 requests/s" in page.texts
+    assert "<h1>20 requests in 0.500 s: " in render(document["runs"][0])
+    assert "the measured time is 0.5 s: no rates" in page.text
+    assert not {"Output", "Goodput"} & set(Reader(render(document["runs"][0])).texts)
+    bounded = run_of(60)
+    bounded["metrics"]["fluidity"] |= {
+        "fluid_token_rate_per_s": None, "bounded_by": "first token", "least_gap_p99_ms": None,
+    }  # fmt: skip
+    assert "fluid token rate bounded by" in render(bounded)
+    assert "Fluid token rate" not in render(bounded)
+
+
+def test_a_trend_over_too_short_a_time_is_none() -> None:
+    document = sustain_of()
+    document["sustain"]["decay"] = {"per_hour": -0.02, "low": -0.05, "high": 0.01, "verdict": "no trend"}
+    assert "<h1>Throughput changes by -2.0% an hour (-5.0% to +1.0%): no trend</h1>" in render(document)
+    document["sustain"]["decay"] |= {"low": -350.9, "high": 437.3}
+    assert "<h1>Throughput: too short to tell a trend</h1>" in render(document)
+    assert "per hour" not in Reader(render(document)).text
+
+
+def test_lines_of_one_colour_differ_in_the_legend() -> None:
+    page = Reader(render_many([run_of(20, seed=i) for i in range(8)], [f"r{i}" for i in range(8)]))
+    keys = [str(one["class"]) for one in page.named("li") if str(one.get("class")).startswith("key")]
+    assert len(set(keys[:8])) == 8
+    assert keys[0] == "key s0"
+    assert keys[6] == "key s0 dashed"
 
 
 def test_energy_and_carbon_have_their_intervals() -> None:

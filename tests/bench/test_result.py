@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from everybit.bench.card import card
 from everybit.bench.fluidity import Deadlines
 from everybit.bench.ideal import Ideal
 from everybit.bench.metrics import measure
@@ -28,6 +29,7 @@ from everybit.bench.result import (
     validity,
     write_result,
 )
+from everybit.bench.series import sweep_point
 from everybit.bench.targets import Targets, Window, parse_slo
 from everybit.errors import OutputError, SourceError
 
@@ -72,7 +74,7 @@ RECORDS = [
 def made(records: list[Record] = RECORDS, targets: Targets = TARGETS) -> dict[str, Any]:
     return run_document(
         **MADE,
-        endpoint={"url": "http://127.0.0.1:1/v1", "model": "m"},
+        endpoint={"url": "http://127.0.0.1:1/v1", "model": "m", "api": "chat"},
         load={"kind": "poisson", "rate": 2.0},
         targets=targets,
         window=WINDOW,
@@ -156,6 +158,9 @@ def test_the_table_has_a_row_for_every_request() -> None:
     assert [n for n, row in by_number.items() if not row["scored"]] == [7, 8]
     assert by_number[8]["fluidity"] is None
     assert by_number[2]["client_stalled"] is True
+    assert [by_number[1][name] for name in ("ttft_ms", "tpot_ms", "e2e_ms", "detail")] == [200.0, 115.0, 660.0, ""]
+    assert [by_number[5][name] for name in ("ttft_ms", "tpot_ms", "e2e_ms")] == [None] * 3
+    assert by_number[5]["detail"] == "429: queue is full"
 
 
 def test_token_counts_that_differ_are_loud() -> None:
@@ -218,6 +223,54 @@ def test_files_come_back_as_they_were(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["number"] for row in rows] == [str(row[0]) for row in document["requests"]["rows"]]
     assert json.loads(rows[4]["bits"]) == {"8": 2, "4": 2, "plan": 1}
+    half = [*RECORDS, failure(9, "frame", "\ud800,\n")]
+    write_result(folder, made(half), half)
+    with (folder / "requests.csv").open(newline="") as file:
+        assert [row["detail"] for row in csv.DictReader(file) if row["number"] == "9"] == ["\\ud800,\n"]
+
+
+def test_the_card_says_who_ended_a_request_and_prints_no_empty_words() -> None:
+    said = card(made())
+    assert "  failed: 2 busy, 429: too many requests (429: queue is full)\n" in said
+    assert "\n  1 ended by this bench (Ctrl-C" in said
+    assert "()" not in card(made([answer(), failure(1, "cut")]))
+    assert "requests/s of those due in that time" in said
+
+
+def test_the_card_of_a_short_time_has_no_rates() -> None:
+    window = Window(0, 5 * MS)
+    document = {**made(), "metrics": measure(RECORDS, window, TARGETS), "validity": validity(RECORDS, window)}
+    check(document)
+    said = card(document)
+    assert "warning: the measured time is 0.005 s: no rates" in said
+    assert "-/s, - tokens/s" in said
+    assert "goodput - requests/s" in said
+
+
+def test_a_sweep_marks_what_was_interrupted() -> None:
+    runs = [made(), made()]
+    runs[1]["validity"]["warnings"].append("interrupted: measured until then")
+    points = [sweep_point(value, run) for value, run in zip((5, 10), runs, strict=True)]
+    points.append({"value": 20, "failed": "nothing to measure"})
+    block = {"over": "rate", "points": points}
+    lines = card(series_document("sweep", **MADE, block=block, runs=[*runs, runs[1]])).splitlines()
+    assert [line.endswith("  interrupted") for line in lines[1:4]] == [False, True, True]
+    assert "  run 1: 2 failed, busy" in lines
+    assert "  run 1: 1 ended by this bench (Ctrl-C or the end of the drain); not scored" in lines
+
+
+@pytest.mark.parametrize(("length", "second"), [(0.15, "0.15"), (4.5, "4.5"), (30.0, "30")])
+def test_slices_begin_at_different_times(length: float, second: str) -> None:
+    figures = {"tokens_per_s": 50.0, "tpot_p50_ms": None, "ttft_p50_ms": 4.0}
+    slices = [{"begin_s": i * length, "end_s": (i + 1) * length, **figures} for i in range(4)]
+    decay = {"per_hour": -0.5, "low": -1.4, "high": 0.4, "verdict": "no trend"}
+    lines = card(series_document("sustain", **MADE, block={"slices": slices, "decay": decay})).splitlines()
+    assert lines[2].split() == [second, "50.0", "-", "4.0"]
+    assert lines[5] == "throughput changes by -50.0% an hour (-140.0% to +40.0%): no trend"
+    decay["high"] = 0.7
+    assert card(series_document("sustain", **MADE, block={"slices": slices, "decay": decay})).endswith(
+        "throughput: too short to tell a trend"
+    )
 
 
 def test_a_series_has_one_file(tmp_path: Path) -> None:

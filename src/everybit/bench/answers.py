@@ -46,7 +46,7 @@ def read_answer(record: Record, exchange: Exchange, api: str, tokenize: Tokenize
     record.connected_ns = exchange.connected_ns - begin_ns if exchange.connected_ns else None
     record.head_ns = exchange.head_ns - begin_ns if exchange.head_ns else None
     record.end_ns = exchange.end_ns - begin_ns
-    record.status, record.error, record.detail = exchange.status, exchange.error, _shown(exchange.detail)
+    record.status, record.error, record.detail = exchange.status, exchange.error, clean(exchange.detail)
     if exchange.status and exchange.status != 200:
         record.error = record.error or _KINDS.get(exchange.status) or _family(exchange.status)
         _refusal(record, exchange)
@@ -71,7 +71,7 @@ def read_answer(record: Record, exchange: Exchange, api: str, tokenize: Tokenize
         record.error = record.detail = ""  # it had said everything, and then did not let go of the connection
         record.end_ns = exchange.pieces[-1][0] - begin_ns
     if found.error is not None:
-        record.error, record.detail = "frame", _shown(found.error)
+        record.error, record.detail = "frame", clean(found.error)
     elif not record.error and not record.times_ns:
         record.error = "malformed" if found.malformed else "empty"
     elif not record.error and record.streamed and not found.ended:
@@ -79,7 +79,7 @@ def read_answer(record: Record, exchange: Exchange, api: str, tokenize: Tokenize
         record.detail = "the stream ended without [DONE] or a finish_reason"
 
 
-def _shown(text: str) -> str:
+def clean(text: str) -> str:
     """On one line, without what would move a terminal's cursor."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text[:1000].split()))[:300]
 
@@ -102,7 +102,7 @@ def _refusal(record: Record, exchange: Exchange) -> None:
         record.error = "context"
     if record.error == "redirect":
         said = f"to {exchange.headers.get('location', 'nowhere')}"
-    record.detail = _shown(f"{exchange.status}: {said}")
+    record.detail = clean(f"{exchange.status}: {said}")
     try:
         record.retry_after_s = float(exchange.headers["retry-after"])
     except (KeyError, ValueError):
@@ -148,7 +148,9 @@ def _usage_of(document: dict[str, Any]) -> dict[str, Any] | None:
 
 def _bits(document: dict[str, Any]) -> list[int | str]:
     given = document.get("bits")
-    return [b for b in given if isinstance(b, int | str)] if isinstance(given, list) else []
+    if not isinstance(given, list):
+        return []
+    return [b if isinstance(b, int) else clean(b)[:40] for b in given if isinstance(b, int | str)]
 
 
 def _take_choice(found: Pieces, now: int, document: dict[str, Any]) -> None:

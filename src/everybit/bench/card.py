@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from everybit.bench.result import interrupted
+
 Document = dict[str, Any]
+_WIDEST_TREND = 2.0  # from the lower to the upper end of its interval: 100 % an hour up or down
 
 
 def card(document: Document) -> str:
@@ -24,13 +27,14 @@ def _run(document: Document) -> Iterator[str]:
         yield f"  note: {note}"
     for kind, found in document["errors"].items():
         example = f" ({found['example']})" if found["example"] else ""
-        yield f"  failed: {found['count']} {kind}, {found['meaning']}{example}"
+        what = found["count"] if kind == "cancelled" else f"failed: {found['count']} {kind},"
+        yield f"  {what} {found['meaning']}{example}"
     if metrics is None:
         return
     count, speed, latency = metrics["requests"], metrics["throughput"], metrics["latency"]
     yield (
         f"  requests     {count['complete']} complete, {count['failed']} failed in {speed['seconds']:.1f} s:"
-        f" {speed['requests_per_s']:.2f}/s, {speed['output_tokens_per_s']:.1f} tokens/s,"
+        f" {_rate(speed['requests_per_s'])}/s, {_rate(speed['output_tokens_per_s'], 1)} tokens/s,"
         f" {speed['concurrency_mean']:.1f} at once"
     )
     for name, block in (
@@ -50,14 +54,17 @@ def _run(document: Document) -> Iterator[str]:
     targets = document["targets"]
     slack, rate = targets["slack_ms"], smooth["fluid_token_rate_per_s"]
     first = f"{targets['first_ms']:g} ms" if slack is None else f"the ideal's time and {slack:g} ms"
+    fluid = "" if rate is None else f"; {rate:.1f} fluid tokens/s"
+    if by := smooth.get("bounded_by"):  # older results have none
+        fluid = f"; fluid tokens/s: bounded by the {by} only"
     yield (
         f"  {'fluidity':<13}{smooth['mean']:.3f} (worst 1 %: {smooth['p1']:.3f}) at deadlines of {first}"
-        f" and {targets['gap_ms']:g} ms" + ("" if rate is None else f"; {rate:.1f} fluid tokens/s")
+        f" and {targets['gap_ms']:g} ms{fluid}"
     )
     if good := metrics["goodput"]:
         yield (
             f"  {'SLO':<13}{'kept' if good['met'] else 'NOT KEPT'}: {good['kept']} of {good['of']}"
-            f" ({good['share']:.1%}), goodput {good['requests_per_s']:.2f} requests/s"
+            f" ({good['share']:.1%}), goodput {_rate(good['requests_per_s'])} requests/s of those due in that time"
         )
     if over := metrics["over_ideal"]:
         yield f"  {'over ideal':<13}{over['p50']:.2f}x median, {over['p90']:.2f}x p90"
@@ -67,6 +74,10 @@ def _run(document: Document) -> Iterator[str]:
     sources = ", ".join(f"{name} {count}" for name, count in document["tokens"]["sources"].items())
     yield f"  {'counted by':<13}{sources or 'nothing'}"
     yield from _energy(document["energy"])
+
+
+def _rate(value: float | None, places: int = 2) -> str:
+    return "-" if value is None else f"{value:.{places}f}"
 
 
 def _latency(block: Document) -> str:
@@ -93,16 +104,18 @@ def _energy(energy: Document | None) -> Iterator[str]:
 
 
 def _series(document: Document) -> Iterator[str]:
-    kind = document["kind"]
+    kind, runs = document["kind"], document.get("runs", [])
     block = document[kind]
-    yield from {"sweep": _sweep, "capacity": _capacity, "compare": _compare, "sustain": _sustain}.get(kind, _lines)(
-        block
-    )
-    for number, run in enumerate(document.get("runs", []), 1):
+    if kind == "sweep":
+        yield from _sweep(block, runs)
+    else:
+        yield from {"capacity": _capacity, "compare": _compare, "sustain": _sustain}.get(kind, _lines)(block)
+    for number, run in enumerate(runs, 1):
         for reason in run["validity"]["reasons"]:
             yield f"  INVALID run {number}: {reason}"
         for kind, found in run["errors"].items():
-            yield f"  run {number}: {found['count']} failed, {kind}"
+            what = found["meaning"] if kind == "cancelled" else f"failed, {kind}"
+            yield f"  run {number}: {found['count']} {what}"
         if mismatch := run["tokens"]["mismatch"]:
             yield f"  run {number}: {mismatch['message']}"
 
@@ -111,17 +124,18 @@ def _lines(block: Document) -> Iterator[str]:
     yield from block["lines"]
 
 
-def _sweep(block: Document) -> Iterator[str]:
+def _sweep(block: Document, runs: Sequence[Document]) -> Iterator[str]:
     names = ("requests/s", "tokens/s", "ttft p50", "ttft p99", "tpot p50", "fluidity", "SLO %")
     yield f"{block['over']:<16}" + "".join(f"{name:>11}" for name in names)
-    for point in block["points"]:
+    for point, run in zip(block["points"], runs, strict=True):
+        mark = "  interrupted" if interrupted(run) else ""
         if point["failed"]:
-            yield f"{point['value']!s:<16} {point['failed']}"
+            yield f"{point['value']!s:<16} {point['failed']}{mark}"
             continue
         share = None if point["slo_share"] is None else 100 * point["slo_share"]
         figures = (point["requests_per_s"], point["output_tokens_per_s"], point["ttft_p50_ms"], point["ttft_p99_ms"])
         cells = [_cell(one, 11) for one in (*figures, point["tpot_p50_ms"])]
-        yield f"{point['value']!s:<16}" + "".join(cells) + f"{point['fluidity']:>11.3f}" + _cell(share, 11)
+        yield f"{point['value']!s:<16}" + "".join(cells) + f"{point['fluidity']:>11.3f}" + _cell(share, 11) + mark
 
 
 def _cell(value: float | None, width: int = 10) -> str:
@@ -159,10 +173,17 @@ def _compare(block: Document) -> Iterator[str]:
 
 def _sustain(block: Document) -> Iterator[str]:
     yield f"{'from s':>8}{'tokens/s':>10}{'tpot p50':>10}{'ttft p50':>10}"
+    length = block["slices"][0]["end_s"] - block["slices"][0]["begin_s"]
+    places = 0 if length >= 10 else 1 if length >= 1 else 2
     for one in block["slices"]:
-        yield (
-            f"{one['begin_s']:>8.0f}{one['tokens_per_s']:>10.1f}{_cell(one['tpot_p50_ms'])}{_cell(one['ttft_p50_ms'])}"
-        )
-    decay = block["decay"]
-    interval = f"{decay['low']:+.1%} to {decay['high']:+.1%}"
-    yield f"throughput changes by {decay['per_hour']:+.1%} an hour ({interval}): {decay['verdict']}"
+        figures = f"{one['tokens_per_s']:>10.1f}{_cell(one['tpot_p50_ms'])}{_cell(one['ttft_p50_ms'])}"
+        yield f"{one['begin_s']:>8.{places}f}{figures}"
+    yield trend(block["decay"])
+
+
+def trend(decay: Mapping[str, Any]) -> str:
+    """Of a sustained run's throughput."""
+    low, high = decay["low"], decay["high"]
+    if high - low > _WIDEST_TREND:
+        return "throughput: too short to tell a trend"
+    return f"throughput changes by {decay['per_hour']:+.1%} an hour ({low:+.1%} to {high:+.1%}): {decay['verdict']}"

@@ -37,6 +37,10 @@ class Endpoint:
         """Whether the endpoint is on this machine."""
         return self.address.startswith("127.") or self.address == "::1"
 
+    def masked(self, text: str) -> str:
+        """Without the key, which servers repeat in their errors."""
+        return text.replace(self.key, "[key]") if self.key else text
+
     def resolved(self) -> Endpoint:
         """With an address, so that no request waits for a name server. Raises: SourceError"""
         try:

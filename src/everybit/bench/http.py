@@ -20,7 +20,7 @@ from everybit.bench.endpoint import Endpoint
 
 _LAST = re.compile(rb"[\r\n](?:data: ?\[DONE\]|event: ?response\.(?:completed|incomplete|failed))")
 _TAIL = 32  # bytes, more than any of these has
-_GRACE_S = 1.0  # for a connection to end its answer after the last event
+_GRACE_S = 0.05  # for what may follow the last event; a user whose answer is there does not wait for the connection
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,9 @@ class _Connection(asyncio.Protocol):
         exchange.pieces.append((self._now, data))
         exchange.events += data.count(b"data:")
         recent = self._tail + data
-        if self._grace is None and _LAST.search(recent):
+        if self._grace is not None or _LAST.search(recent):
+            if self._grace is not None:
+                self._grace.cancel()
             self._grace = asyncio.get_running_loop().call_later(_GRACE_S, self.finish, "", "")
             exchange.end_ns = self._now
         self._tail = recent[-_TAIL:]

@@ -81,6 +81,8 @@ def measure_run(settings: Settings, workload: Workload, title: str) -> Measured:
 
         outcome = run(job, workers, settings.tokenize, show)
     used = meter.end(outcome.records)
+    for record in outcome.records:
+        record.detail, record.text = known.endpoint.masked(record.detail), known.endpoint.masked(record.text)
     window = _window(settings, workload, outcome)
     reasons = list(outcome.problems)
     try:

@@ -4,6 +4,8 @@ A request counts by its intended time. A failed one counts as an error, as smoot
 have no value for it and say beside each summary how many such are `missing`. A request that this bench itself ended is
 not scored. Where this client stood still while requests ran, their times are its own: they are in every figure, and
 each figure has a `corrected` twin without them.
+
+Goodput counts requests by when they were due, throughput by when they ended, so either may be the larger.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from everybit.bench.targets import Document, Slo, Targets, Window, prompt_tokens
 from everybit.errors import SourceError
 
 _EARLY_TOKENS, _EARLY_SHARE = 16, 10  # a stall is early within 16 tokens or a tenth of the stream, whichever is more
-_NO_GAP_NS = 1000  # with a gap this small answers are over before their first token was due: no rate bounds them
+_LEAST_RATED_S = 1.0  # of less than this, a request more or less is another rate
+_FASTER = 2  # than the stream's own rate: a fluid rate above that is not its doing
 _LEVELS = 32  # precisions shown: a server may name as many as it likes
 
 
@@ -67,6 +70,18 @@ def measure(records: Sequence[Record], window: Window, targets: Targets) -> Docu
 
 def score(record: Record, targets: Targets) -> Fluidity:
     return fluidity(arrivals(record), targets.of(record)) if record.complete else FAILED
+
+
+def latencies(record: Record) -> tuple[float | None, float | None, float | None]:
+    """TTFT, TPOT and end to end, in ns from the intended send, as `latency` counts them."""
+    first, end = (_since(record, when, record.intended_ns) for when in (record.first_ns, record.end_ns))
+    ttft, tpot, e2e = (values[0] if values else None for values in (first, _tpot(record), end))
+    return ttft, tpot, e2e
+
+
+def rated(window: Window) -> bool:
+    """Whether it is long enough to tell of rates."""
+    return window.seconds >= _LEAST_RATED_S
 
 
 def arrivals(record: Record) -> list[int]:
@@ -199,12 +214,16 @@ def _throughput(records: Sequence[Record], window: Window, timeline: Document) -
     mean, most = _concurrency(records, window)
     return {
         "seconds": window.seconds,
-        "output_tokens_per_s": sum(timeline["tokens"]) / window.seconds,
-        "prompt_tokens_per_s": sum(prompts) / window.seconds if prompts else None,
-        "requests_per_s": sum(timeline["complete"]) / window.seconds,
+        "output_tokens_per_s": _rate(sum(timeline["tokens"]), window),
+        "prompt_tokens_per_s": _rate(sum(prompts), window) if prompts else None,
+        "requests_per_s": _rate(sum(timeline["complete"]), window),
         "concurrency_mean": mean,
         "concurrency_max": most,
     }
+
+
+def _rate(count: int, window: Window) -> float | None:
+    return count / window.seconds if rated(window) else None
 
 
 def _concurrency(records: Sequence[Record], window: Window) -> tuple[float, int]:
@@ -258,7 +277,7 @@ def _goodput(scored: Sequence[Record], scores: Sequence[Fluidity], slo: Slo, win
         "share_low": share.low,
         "share_high": share.high,
         "met": share.value >= slo.share,
-        "requests_per_s": kept / window.seconds,
+        "requests_per_s": _rate(kept, window),
         "parts": {name: sum(one) / len(one) for name, one in parts.items()},
     }
 
@@ -269,18 +288,23 @@ def _within(values: Sequence[float], most: float) -> bool:
 
 def _fluidity(scored: Sequence[Record], scores: Sequence[Fluidity], targets: Targets) -> Document:
     gaps = [least_gap(arrivals(record), targets.of(record).first_ns) if record.complete else None for record in scored]
-    block = _fluidity_figures(scores, gaps)
+    found = list(zip(scored, scores, gaps, strict=True))
+    block = _fluidity_figures(found, targets)
     if targets.slack_ns is not None:
         block["unpredicted"] = sum(record.complete and prompt_tokens(record) is None for record in scored)
     if any(record.stalled for record in scored):
-        clean = [place for place, record in enumerate(scored) if not record.stalled]
-        block["corrected"] = _fluidity_figures([scores[i] for i in clean], [gaps[i] for i in clean]) if clean else None
+        clean = [one for one in found if not one[0].stalled]
+        block["corrected"] = _fluidity_figures(clean, targets) if clean else None
     return block
 
 
-def _fluidity_figures(scores: Sequence[Fluidity], gaps: Sequence[int | None]) -> Document:
+def _fluidity_figures(found: Sequence[tuple[Record, Fluidity, int | None]], targets: Targets) -> Document:
+    """The fluid token rate is None where the pace of the request at the p99 does not bound it."""
+    _, scores, gaps = zip(*found, strict=True)
     ordered = sorted(one.index for one in scores)
     p99 = p99_gap(gaps)
+    at_p99 = min(((gap, i) for i, gap in enumerate(gaps) if gap is not None and gap >= p99), default=None)
+    early = at_p99 is not None and _bounded_by_first(found[at_p99[1]][0], targets, p99)
     return {
         "n": len(ordered),
         "mean": sum(ordered) / len(ordered),
@@ -289,10 +313,18 @@ def _fluidity_figures(scores: Sequence[Fluidity], gaps: Sequence[int | None]) ->
         "p50": percentile(ordered, 50),
         "smooth_share": (len(ordered) - bisect_left(ordered, SMOOTH)) / len(ordered),
         "deadline_hit_ratio": sum(one.deadline_hit_ratio for one in scores) / len(scores),
-        "fluid_token_rate_per_s": fluid_token_rate(gaps) if p99 > _NO_GAP_NS else None,
-        "least_gap_p99_ms": None if math.isinf(p99) else p99 / MS,
+        "fluid_token_rate_per_s": None if early else fluid_token_rate(gaps),
+        "bounded_by": "first token" if early else None,
+        "least_gap_p99_ms": None if early or math.isinf(p99) else p99 / MS,
         "without_gap": gaps.count(None),
     }
+
+
+def _bounded_by_first(record: Record, targets: Targets, gap_ns: float) -> bool:
+    """Whether the time before its first deadline, not its pace, lets a stream be smooth at a gap this small."""
+    times = arrivals(record)
+    whole = times[-1] - times[0]
+    return times[-1] <= targets.of(record).first_ns or whole > _FASTER * (len(times) - 1) * gap_ns
 
 
 def _over_ideal(scored: Sequence[Record], ideal: Ideal) -> Document | None:

@@ -19,6 +19,7 @@ from everybit.bench.http import Client, Exchange, Limits
 from everybit.bench.records import ERRORS, Record, Session, Turn
 from everybit.errors import SourceError
 
+_LONGEST_NAME = 300
 _FATAL = ("connect", "tls", "resolve", "key", "missing", "redirect", "http", "refused")
 
 
@@ -44,7 +45,10 @@ def look(
 
     `otherwise`: the interface to speak where the one in `asking` is refused. Raises: SourceError
     """
-    return asyncio.run(_look(endpoint.resolved(), asking, limits, text, otherwise))
+    try:
+        return asyncio.run(_look(endpoint.resolved(), asking, limits, text, otherwise))
+    except SourceError as error:
+        raise SourceError(endpoint.masked(str(error))) from None
 
 
 async def _look(
@@ -55,7 +59,7 @@ async def _look(
     try:
         exchange = await client.send("GET", "/models")
         if exchange.error:
-            raise SourceError(f"{endpoint.url}: {ERRORS[exchange.error]} ({exchange.detail})")
+            raise SourceError(f"{endpoint.url}: {ERRORS[exchange.error]}{_said(exchange.detail)}")
         models = _models(exchange)
         if not asking.model:
             if exchange.status in (401, 403):
@@ -78,9 +82,14 @@ async def _look(
         client.close()
 
 
+def _said(detail: str) -> str:
+    return f" ({detail})" if detail else ""
+
+
 def _models(exchange: Exchange) -> tuple[str, ...]:
     try:
-        return tuple(str(one["id"]) for one in json.loads(exchange.body)["data"]) if exchange.status == 200 else ()
+        names = [str(one["id"]) for one in json.loads(exchange.body)["data"]] if exchange.status == 200 else []
+        return tuple(name for name in names if name.isprintable() and len(name) <= _LONGEST_NAME)
     except (ValueError, TypeError, KeyError, RecursionError):
         return ()
 
@@ -95,13 +104,15 @@ async def _calibrate(client: Client, known: Known, text: Callable[[int], str]) -
             plain = replace(known.asking, usage=False)  # perhaps it does not know stream_options
             again = await _ask(client, plain, prompt)
             if not again.error:
-                note = f"the server refuses stream_options ({record.detail}): token counts are by pieces"
+                said = known.endpoint.masked(record.detail)
+                note = f"the server refuses stream_options ({said}): token counts are by pieces"
                 known, record = replace(known, asking=plain, notes=(*known.notes, note)), again
         if record.error in _FATAL:
             hint = f"; it has {', '.join(known.models[:8])}" if record.error == "missing" and known.models else ""
-            raise SourceError(f"{known.endpoint.url}: {ERRORS[record.error]} ({record.detail}){hint}")
+            raise SourceError(f"{known.endpoint.url}: {ERRORS[record.error]}{_said(record.detail)}{hint}")
         if record.error:
-            note = f"a first request failed, {ERRORS[record.error]} ({record.detail}): prompt lengths are estimates"
+            said = known.endpoint.masked(record.detail)
+            note = f"a first request failed, {ERRORS[record.error]} ({said}): prompt lengths are estimates"
             return replace(known, notes=(*known.notes, note))
         if record.usage_prompt:
             sizes.append((len(prompt), record.usage_prompt))
@@ -110,7 +121,12 @@ async def _calibrate(client: Client, known: Known, text: Callable[[int], str]) -
     if not known.streams:
         note = "the server does not stream, though asked to: only whole answers can be timed"
         known = replace(known, notes=(*known.notes, note))
-    if len(sizes) < 2 or sizes[1][1] <= sizes[0][1]:
+    if len(sizes) == 2 and sizes[1][1] <= sizes[0][1]:
+        note = (
+            f"usage says {sizes[0][1]} and {sizes[1][1]} tokens of prompts of 16 and 128: prompt lengths are estimates"
+        )
+        return replace(known, notes=(*known.notes, note))
+    if len(sizes) < 2:
         note = "the server gives no usage: prompt lengths are estimates, output tokens are counted by pieces"
         return replace(known, usage=False, notes=(*known.notes, note))
     (chars, tokens), (more_chars, more_tokens) = sizes

@@ -13,11 +13,11 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-from everybit.bench.metrics import measure, score, stalls
+from everybit import __version__
+from everybit.bench.metrics import latencies, measure, rated, score, stalls
 from everybit.bench.records import ERRORS, MS, SECOND, Record, read_records, write_records
 from everybit.bench.statistics import percentile
 from everybit.bench.targets import Document, Targets, Window
@@ -30,7 +30,8 @@ ALONE = ("run", "audit", "selftest")
 RUN_PARTS = ("endpoint", "load", "targets", "window", "requests", "tokens", "errors", "metrics", "validity", "energy")
 COLUMNS = (
     *("number", "session", "turn", "scored", "intended_ms", "sent_ms", "first_ms", "end_ms", "prompt", "tokens"),
-    *("source", "fluidity", "status", "error", "client_stalled", "bits", "stalls"),
+    *("source", "fluidity", "status", "error", "client_stalled", "bits", "stalls", "ttft_ms", "tpot_ms", "e2e_ms"),
+    "detail",
 )
 _LAG_P99_NS = 10 * MS
 _STALLED_SHARE = 0.01
@@ -78,17 +79,13 @@ def series_document(
 
 
 def _head(kind: str, command: Sequence[str], created: str) -> Document:
-    try:
-        ours = version("everybit")
-    except PackageNotFoundError:  # run from a source tree
-        ours = "unknown"
     return {
         "schema": SCHEMA,
         "version": VERSION,
         "kind": kind,
         "created": created,
         "command": list(command),
-        "tool": {"name": "everybit bench", "version": ours},
+        "tool": {"name": "everybit bench", "version": __version__},
         "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
     }
 
@@ -96,7 +93,8 @@ def _head(kind: str, command: Sequence[str], created: str) -> Document:
 def table(records: Sequence[Record], window: Window, targets: Targets) -> Document:
     """A row for each request, by intended time; times in ms from the run's start. `bits`: tokens by precision.
 
-    `stalls`: [begin, length] of each wait after the first token that was longer than the targets allow.
+    `stalls`: [begin, length] of each wait after the first token that was longer than the targets allow. `ttft_ms`,
+    `tpot_ms`, `e2e_ms`: of complete answers, from the intended send, as in the metrics.
     """
     ordered = sorted(records, key=lambda record: (record.intended_ns, record.number))
     return {"columns": list(COLUMNS), "rows": [_row(record, window, targets) for record in ordered]}
@@ -122,10 +120,12 @@ def _row(record: Record, window: Window, targets: Targets) -> list[Any]:
         record.stalled,
         dict(Counter(map(str, record.bits))) or None,
         [[_ms(begin), _ms(length)] for begin, length, _ in stalls(record, targets.stall_ns)],
+        *map(_ms, latencies(record)),
+        record.detail,
     ]
 
 
-def _ms(ns: int | None) -> float | None:
+def _ms(ns: float | None) -> float | None:
     return None if ns is None else round(ns / MS, 3)
 
 
@@ -180,6 +180,8 @@ def validity(
         bad.append(f"the clock jumped by {clock_jump_ns / SECOND:.1f} s: it was set, or this machine slept")
     elif abs(clock_jump_ns) >= _CLOCK_WARN_NS:
         doubts.append(f"the wall clock moved by {clock_jump_ns / MS:.0f} ms; times are of the monotonic clock")
+    if not rated(window):
+        doubts.append(f"the measured time is {window.seconds:.3g} s: no rates")
     return {"valid": not bad, "reasons": bad, "warnings": doubts + _doubts(due)}
 
 
@@ -199,6 +201,10 @@ def _doubts(due: Sequence[Record]) -> list[str]:
     if 0 < len(complete) < 100:
         found.append(f"{len(complete)} complete requests: their p99 is hardly more than the maximum")
     return found
+
+
+def interrupted(run: Document) -> bool:
+    return any(one.startswith("interrupted") for one in (run.get("validity") or {}).get("warnings") or ())
 
 
 # --- files
@@ -238,7 +244,8 @@ def write_result(folder: Path, document: Document, records: Sequence[Record] = (
 def _replace(path: Path, write: Callable[[IO[str]], object]) -> None:
     part = path.with_name(path.name + ".part")
     try:
-        with part.open("w", encoding="utf-8", newline="\n") as file:
+        # A server's words in requests.csv may hold half a surrogate pair.
+        with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             write(file)
         part.replace(path)
     except BaseException:

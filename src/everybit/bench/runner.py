@@ -88,7 +88,7 @@ def _receive_ready(pipe: Connection) -> None:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Is set by Ctrl-C, which would cut a worker's message in two if it were raised; a second one is."""
+    """Is set by Ctrl-C or SIGTERM, which would cut a worker's message in two if it were raised; a second one is."""
     pressed = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -99,11 +99,12 @@ def _interrupts() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():  # no other one hears of it
         yield pressed
         return
-    before = signal.signal(signal.SIGINT, note)
+    before = [(one, signal.signal(one, note)) for one in (signal.SIGINT, signal.SIGTERM)]
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in before:
+            signal.signal(one, handler)
 
 
 def _gather(

@@ -31,6 +31,7 @@ from everybit.bench.preflight import look
 from everybit.bench.records import MS
 from everybit.bench.statistics import percentile
 from everybit.bench.targets import Document, Targets
+from everybit.errors import SourceError
 
 TTFT_MS, GAP_MS, TOKENS = 100.0, 20.0, 32
 STALL_S = 2.0
@@ -89,7 +90,12 @@ def _measure(url: str, rate: float, seconds: float, workers: int | None, quiet: 
     source = Drawn(texts, parse_lengths("64", str(TOKENS)))
     targets = Targets(Deadlines(200 * MS, 50 * MS))
     settings = Settings(known, targets, workers=workers, quiet=quiet)
-    return measure_run(settings, open_loop(poisson(rate, duration_s=seconds), source), title)
+    measured = measure_run(settings, open_loop(poisson(rate, duration_s=seconds), source), title)
+    if measured.interrupted:
+        raise KeyboardInterrupt
+    if measured.document["metrics"] is None:
+        raise SourceError("; ".join(measured.document["validity"]["reasons"]))
+    return measured
 
 
 def _timing(measured: Measured, label: str, mean_ms: float, p99_ms: float) -> list[Row]:

@@ -62,7 +62,7 @@ def capacity(
             scored = sum(row[3] for row in measured.document["requests"]["rows"])
             return Probe(rate, 0, max(1, scored), 0.0, valid)
         good = metrics["goodput"]
-        return Probe(rate, good["kept"], good["of"], metrics["throughput"]["requests_per_s"], valid)
+        return Probe(rate, good["kept"], good["of"], metrics["throughput"]["requests_per_s"] or 0.0, valid)
 
     found = asyncio.run(find_capacity(probe, hint, limits, seed))
     block = {name: value for name, value in asdict(found).items() if name != "probes"}
@@ -71,7 +71,7 @@ def capacity(
         for one in curve(found.probes)
     ]
     if stopped[-1]:
-        block["reason"] = "it was interrupted"
+        block |= {"reason": "it was interrupted", "interrupted": True}
     return {**block, "share": limits.share, "points": points}, runs
 
 
@@ -148,7 +148,7 @@ def _due(measured: Measured) -> list[Record]:
 
 def _speed(measured: Measured) -> float:
     metrics = measured.document["metrics"]
-    return float(metrics["throughput"]["output_tokens_per_s"]) if metrics else 0.0
+    return float(metrics["throughput"]["output_tokens_per_s"] or 0) if metrics else 0.0
 
 
 def _mean(values: Sequence[float]) -> float:

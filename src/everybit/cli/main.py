@@ -19,7 +19,7 @@ from everybit import __version__
 from everybit.cli.bench import with_command
 from everybit.errors import EverybitError
 
-COMMANDS = ("quantize", "generate", "chat", "serve", "bench", "inspect", "allocate", "eval", "compare", "probe")
+COMMANDS = ("quantize", "generate", "chat", "serve", "bench", "plan", "inspect", "allocate", "eval", "compare", "probe")
 USER_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[str] = COMMANDS) 
     try:
         args = build_parser(commands).parse_args(arguments)
         code: int = args.run(args)
-        sys.stdout.flush()  # a reader that left is met here, not in the interpreter's shutdown
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a reader that left is met here, not in the interpreter's shutdown
         return code
     except KeyboardInterrupt:
         if debug:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """`out` x `into` weights of `bits` stored bits each, scales and codebooks included. `split`: column, row or none."""
+    """`out` x `into` weights of `bits` stored bits each, scales included. `split`: column, row or none."""
 
     name: str
     out: int

@@ -10,6 +10,7 @@ from everybit.bench.report.figures import number, percent
 from everybit.bench.report.markup import Child, Html, words
 from everybit.bench.report.plot import Plot
 from everybit.bench.report.requests import Document
+from everybit.bench.report.run import rate_of
 from everybit.bench.report.scale import Scale, around, from_zero
 
 _AXES = {"rate": "requests/s asked for", "users": "users"}
@@ -51,8 +52,9 @@ def sweep_charts(block: Mapping[str, Any], values: Sequence[Any], runs: Sequence
         charts.append(_share_chart({}, kept, x, _wanted([run for _, run in measured]), label))
     smooth = [(value, run["metrics"]["fluidity"]["mean"]) for value, run in measured]
     charts.append(_lines("Fluidity", [("mean index", smooth)], x, label, "index", Scale(0, 1)))
-    output = [(value, run["metrics"]["throughput"]["output_tokens_per_s"]) for value, run in measured]
-    charts.append(_lines("Output of all requests", [("tokens/s", output)], x, label, "tokens/s"))
+    speeds = [(value, run["metrics"]["throughput"]["output_tokens_per_s"]) for value, run in measured]
+    if output := [(value, speed) for value, speed in speeds if speed is not None]:
+        charts.append(_lines("Output of all requests", [("tokens/s", output)], x, label, "tokens/s"))
     return [*charts, *_latency_charts(measured, x, label)]
 
 
@@ -128,9 +130,3 @@ def _wanted(runs: Sequence[Document]) -> float | None:
     """The share of requests that the SLO asks for."""
     shares = [slo["share"] for run in runs if (slo := (run.get("targets") or {}).get("slo"))]
     return shares[0] if shares else None
-
-
-def rate_of(run: Document) -> float | None:
-    """Requests a second that were due."""
-    metrics = run.get("metrics")
-    return metrics["requests"]["due"] / metrics["throughput"]["seconds"] if metrics else None

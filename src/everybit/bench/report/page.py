@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from everybit.bench.report.markup import Child, Html, data, tag
-from everybit.bench.report.run import alarms, run_page, verdict
+from everybit.bench.report.run import alarms, run_page
 from everybit.bench.report.series import headline, many_page, series_page
 from everybit.errors import OutputError
 
@@ -21,14 +21,10 @@ MOST_DATA_BYTES = 2_000_000
 
 def render(document: Document) -> str:
     """One result of any kind, as HTML that needs no other file."""
-    if document.get("kind") == "run":
-        body: list[Child] = [alarms(document), *run_page(document)]
-        title = verdict(document)
-    else:
-        body, title = series_page(document), headline(document)
+    body = [alarms(document), *run_page(document)] if document.get("kind") == "run" else series_page(document)
     endpoint = document.get("endpoint") or next((run.get("endpoint") for run in document.get("runs") or []), None) or {}
     about = [str(one) for one in (document.get("kind"), endpoint.get("model"), document.get("created")) if one]
-    return _page(title, about, body, document)
+    return _page(headline(document), about, body, document)
 
 
 def render_many(documents: Sequence[Document], names: Sequence[str]) -> str:

@@ -49,7 +49,8 @@ class Plot:
     def line(self, name: str, tint: str, points: Iterable[Point], style: str = "") -> None:
         """`style`: dashed, dotted, or broad for what others may cover."""
         path = _path((self.px(x), self.py(y)) for x, y in points)
-        self._add(name, tint, tag("path", d=path, class_=f"line {tint} {style}".rstrip(), data_name=name or None))
+        look = f"{tint} {style}".rstrip()
+        self._add(name, look, tag("path", d=path, class_=f"line {look}", data_name=name or None))
 
     def steps(self, name: str, tint: str, edges: Sequence[float], values: Sequence[float]) -> None:
         """`values[i]` from `edges[i]` to `edges[i + 1]`, filled."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from everybit.bench.report.distributions import fluidity_chart, latency, prompt_chart, run_cdfs
-from everybit.bench.report.figures import NONE, duration, figure, number, percent, share_figure
+from everybit.bench.report.figures import NONE, duration, figure, number, percent, plural, share_figure
 from everybit.bench.report.markup import Child, Html, charts, facts, section, table, tag, words
 from everybit.bench.report.requests import Document, read_requests
 from everybit.bench.report.timelines import run_timelines
@@ -77,7 +77,17 @@ def verdict(run: Document) -> str:
     parts.append(f"fluidity {share_figure(metrics['fluidity']['mean'])}")
     failed = counts["failed"]
     parts.append(f"{failed:,} of {counts['scored']:,} failed" if failed else "no failures")
-    return f"{number(counts['due'] / seconds)} requests/s for {number(seconds)} s: " + "; ".join(parts)
+    rate = rate_of(run)
+    asked = plural(counts["due"], "request") + " in" if rate is None else f"{number(rate)} requests/s for"
+    return f"{asked} {number(seconds)} s: " + "; ".join(parts)
+
+
+def rate_of(run: Document) -> float | None:
+    """Requests a second that were due."""
+    metrics = run.get("metrics")
+    if not metrics or metrics["throughput"]["requests_per_s"] is None:
+        return None
+    return float(metrics["requests"]["due"] / metrics["throughput"]["seconds"])
 
 
 def alarms(run: Document) -> Child:
@@ -114,7 +124,7 @@ def key_figures(run: Document) -> list[KeyFigure]:
         KeyFigure("Fluidity", share_figure(fluidity.get("mean")), f"{percent(fluidity.get('smooth_share'))} smooth"),
         KeyFigure("Fluid token rate", f"{number(fluidity.get('fluid_token_rate_per_s'))} /s", "kept up by 99 %"),
         KeyFigure("SLO kept", percent(goodput.get("share")), _interval(goodput)),
-        KeyFigure("Goodput", f"{number(goodput.get('requests_per_s'))} /s", "requests within the SLO"),
+        KeyFigure("Goodput", f"{number(goodput.get('requests_per_s'))} /s", "within the SLO, by when due"),
         KeyFigure("Stalls", figure(stalls.get("count")), _note("longer than", stalls.get("longer_than_ms"), " ms")),
         KeyFigure("Output", f"{number(rates.get('output_tokens_per_s'))} tokens/s", "of all requests"),
         KeyFigure(
@@ -187,7 +197,8 @@ def _smoothness(run: Document) -> list[Child]:
 
 def _with_corrected(block: Mapping[str, Any]) -> Html:
     corrected = block.get("corrected")
-    names = [name for name, value in block.items() if not isinstance(value, Mapping) and name != "corrected"]
+    unsaid = ("corrected", *(["bounded_by"] if block.get("bounded_by") is None else []))
+    names = [name for name, value in block.items() if not isinstance(value, Mapping) and name not in unsaid]
     head = ("", "value", *(["without this client's stalls"] if corrected else []))
     rows = [
         (_plain(name), _by_unit(name, block[name]), *([_by_unit(name, corrected.get(name))] if corrected else []))
@@ -204,6 +215,7 @@ _PLAIN = {
     "p50": "index, p50",
     "smooth_share": "smooth requests",
     "fluid_token_rate_per_s": "fluid token rate, per s",
+    "bounded_by": "fluid token rate bounded by",
     "least_gap_p99_ms": "smallest smooth gap, p99",
     "without_gap": "requests smooth at no gap",
     "longer_than_ms": "longer than",

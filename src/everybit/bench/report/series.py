@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from everybit.bench.report.curves import capacity_charts, rate_of, sustain_charts, sweep_charts
+from everybit.bench.card import trend
+from everybit.bench.report.curves import capacity_charts, sustain_charts, sweep_charts
 from everybit.bench.report.distributions import cdf, ends_of, firsts_of, gap_cdf
 from everybit.bench.report.figures import NONE, figure, number, plural
 from everybit.bench.report.forest import SAME, forest, forest_table, said
 from everybit.bench.report.markup import Child, Html, charts, facts, section, table, tag, words
+from everybit.bench.report.matrix import matrix
 from everybit.bench.report.pareto import pareto
 from everybit.bench.report.requests import Document, Request, read_requests
-from everybit.bench.report.run import KeyFigure, alarms, details, invalid, key_figures, run_brief, run_page
+from everybit.bench.report.run import (
+    KeyFigure,
+    alarms,
+    details,
+    invalid,
+    key_figures,
+    rate_of,
+    run_brief,
+    run_page,
+    verdict,
+)
+from everybit.bench.result import interrupted
 from everybit.errors import SourceError
 
 MOST_RUNS = 24  # whose charts are on the page; of more, only the table is
 _MOST_COLUMNS, _MOST_CURVES = 4, 12
 _UNITS = {"rate": "requests/s", "users": "users"}
-_DRAWN = ("points", "rows", "slices", "values", "labels", "over")
+_DRAWN = ("points", "rows", "slices", "values", "labels", "over", "decay")
 Named = Sequence[tuple[str, Document]]
 Curves = Sequence[tuple[str, Sequence[Request]]]
 
 
 def headline(document: Document) -> str:
-    """What a result of any kind but run found, in one line."""
+    """What a result found, in one line."""
     kind = str(document.get("kind"))
     block = document.get(kind) or {}
     if kind == "capacity":
@@ -39,19 +53,29 @@ def headline(document: Document) -> str:
         decay = block.get("decay") or {}
         if "per_hour" not in decay:
             return "Under load for long"
-        low, high = (f"{100 * decay[name]:+.1f}" for name in ("low", "high"))
-        return f"{decay['verdict']}: throughput changes by {low} to {high} % an hour".capitalize()
-    titles = {
-        "audit": "Does the endpoint serve the precision it claims?",
-        "selftest": "This instrument's own error",
-    }
-    return titles.get(kind, kind)
+        return trend(decay).capitalize()
+    if kind == "audit":
+        verdicts = [one["verdict"] for one in block.get("verdicts") or []]
+        found = ", ".join(f"{name}: {count}" for name, count in Counter(verdicts).items())
+        return f"Does it serve the precisions it claims? {found}".rstrip()
+    if kind == "selftest":
+        return "This instrument's own error" + ("" if block.get("ok", True) else ": too large")
+    return verdict(document)
 
 
 def series_page(document: Document) -> list[Child]:
+    runs = name_runs(document)
+    return [
+        alarms(runs[0][1]) if len(runs) == 1 else _invalid(runs),
+        section("Result", *_result(document, runs)),
+        *(run_page(runs[0][1]) if len(runs) == 1 else [*side_by_side(runs, _curves(document, runs)), _about(document)]),
+    ]
+
+
+def _result(document: Document, runs: Named) -> list[Child]:
+    """What a result says beside its runs."""
     kind = str(document.get("kind"))
     block: dict[str, Any] = document.get(kind) or {}
-    runs = name_runs(document)
     drawn: list[Child] = []
     if kind == "capacity":
         drawn = list(capacity_charts(block, [run for _, run in runs]))
@@ -64,17 +88,13 @@ def series_page(document: Document) -> list[Child]:
     elif kind == "sustain":
         drawn = list(sustain_charts(block))
     lines = block.get("lines")
-    told = {"lines", *(_DRAWN if document.get("runs") else ())}
+    told = {"lines", "verdicts", *(_DRAWN if document.get("runs") else ())}
     rest = {name: value for name, value in block.items() if name not in told}
     return [
-        alarms(runs[0][1]) if len(runs) == 1 else _invalid(runs),
-        section(
-            "Result",
-            tag("pre", "\n".join(map(str, lines))) if lines else None,
-            charts(*drawn),
-            *_rest(rest),
-        ),
-        *(run_page(runs[0][1]) if len(runs) == 1 else [*side_by_side(runs, _curves(document, runs)), _about(document)]),
+        tag("pre", "\n".join(map(str, lines))) if lines else None,
+        matrix(block) if kind == "audit" else None,
+        charts(*drawn),
+        *_rest(rest),
     ]
 
 
@@ -90,16 +110,21 @@ def _rest(block: Mapping[str, Any]) -> list[Child]:
 
 
 def many_page(documents: Sequence[Document], names: Sequence[str]) -> tuple[str, list[Child]]:
-    """Title and body. A result of several runs stands for all of them. Raises: SourceError"""
+    """Title and body: what each result says by itself, then all their runs. Raises: SourceError"""
     if len(documents) != len(names):
         raise SourceError(f"{len(documents)} results and {len(names)} names: expected a name for each")
     runs: list[tuple[str, Document]] = []
+    results: list[Child] = []
     for document, name in zip(documents, names, strict=True):
-        single = document.get("kind") == "run"
-        runs += [(name, document)] if single else [(f"{name}: {one}", run) for one, run in name_runs(document)]
-    if not runs:
-        raise SourceError("none of the results holds a run: expected results of everybit bench URL")
-    return f"{plural(len(runs), 'run')} side by side", [_invalid(runs), *side_by_side(runs)]
+        if document.get("kind") == "run":
+            runs.append((name, document))
+        else:
+            inner = name_runs(document)
+            runs += [(f"{name}: {one}", run) for one, run in inner]
+            results.append(section(name, *_result(document, inner)))
+    rows = [(name, headline(document)) for document, name in zip(documents, names, strict=True)]
+    found = section("Results", table(("", "result"), rows))
+    return f"{plural(len(documents), 'result')} side by side", [_invalid(runs), found, *results, *side_by_side(runs)]
 
 
 def name_runs(document: Document) -> list[tuple[str, Document]]:
@@ -112,10 +137,12 @@ def name_runs(document: Document) -> list[tuple[str, Document]]:
         unit = "" if over == "model" else f" {_UNITS.get(over, over)}"
         labels = [figure(value) + unit for value in values]
     elif kind == "capacity":
-        labels = [f"{name}, {number(rate_of(run))} requests/s" for name, run in zip(labels, runs, strict=True)]
+        rates = map(rate_of, runs)
+        labels = [f"{a}, {number(b)} requests/s" if b else a for a, b in zip(labels, rates, strict=True)]
     elif kind == "compare":
         labels = [f"{'AB'[i % 2]}, round {i // 2 + 1}" for i in range(len(runs))]
-    return list(zip(labels, runs, strict=True))
+    marks = [", interrupted" if interrupted(run) else "" for run in runs]
+    return [(label + mark, run) for label, mark, run in zip(labels, marks, runs, strict=True)]
 
 
 def side_by_side(runs: Named, curves: Curves | None = None) -> list[Child]:
@@ -128,7 +155,7 @@ def side_by_side(runs: Named, curves: Curves | None = None) -> list[Child]:
         figures = table(("", *(name for name, _ in runs)), ([row[0].name, *map(_cell, row)] for row in rows), "figures")
     else:
         lines = [[name, *(tag("b", row[i].value) for row in rows)] for i, (name, _) in enumerate(runs)]
-        figures = table(("", *(row[0].name for row in rows)), lines, "figures")
+        figures = table(("", *(row[0].name for row in rows)), lines, "figures many")
     some = runs[:_MOST_CURVES]
     drawn = curves or [(name, read_requests(run)) for name, run in some]
     note = f"the first {_MOST_CURVES} of {len(runs)} runs" if len(some) < len(runs) and not curves else None

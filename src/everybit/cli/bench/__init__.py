@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 
+from everybit import __version__
 from everybit.errors import SourceError
 
 COMMANDS = ("run", "sweep", "capacity", "sustain", "compare", "fit", "audit", "report", "selftest", "mock")
@@ -37,7 +39,9 @@ def with_command(arguments: Sequence[str]) -> list[str]:
     found = list(arguments)
     place = next((i for i, one in enumerate(found) if not one.startswith("-")), 0)  # main's options have no values
     rest = found[place + 1 :]
-    if found[place : place + 1] == ["bench"] and rest and rest[0] not in (*COMMANDS, "-h", "--help"):
+    if found[place : place + 1] != ["bench"] or not rest or rest[0] in (*COMMANDS, "-h", "--help"):
+        return found
+    if re.search(r"^-|[:./]|^localhost$|^$", rest[0]):  # else it is a command, mistyped
         found.insert(place + 1, "run")
     return found
 
@@ -46,15 +50,18 @@ def _checked(args: argparse.Namespace) -> int:
     if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
         raise SourceError(f"bench needs {missing[0]}, which is not installed: pip install 'everybit[bench]'")
     if "json" in args:
-        from everybit.cli.bench.output import check_output
+        from everybit.cli.bench.output import claimed_folder
 
-        check_output(args)
-    code: int = args.bench_run(args)
-    return code
+        with claimed_folder(args):
+            return int(args.bench_run(args))
+    return int(args.bench_run(args))
 
 
 def main() -> int:
     """`everybit-bench`: the bench alone, for machines that have nothing else of everybit."""
     from everybit.cli.main import main as main_of
 
+    if sys.argv[1:] == ["--version"]:
+        print(f"everybit-bench {__version__}")
+        return 0
     return main_of(["bench", *sys.argv[1:]], ("bench",))

@@ -106,13 +106,14 @@ def _ask(client: Client, known: Known) -> Ask:
     async def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
         exchange = await client.send("POST", path, json.dumps({**known.asking.extra, **body}).encode())
         if exchange.error:
-            raise SourceError(f"{known.endpoint.url}{path}: {exchange.error} ({exchange.detail})")
+            detail = f" ({exchange.detail})" if exchange.detail else ""
+            raise SourceError(f"{known.endpoint.url}{path}: {exchange.error}{detail}")
         try:
             document = json.loads(exchange.body)
         except (ValueError, RecursionError):
             document = None
         if exchange.status != 200 or not isinstance(document, dict):
-            said = exchange.body[:200].decode("utf-8", "replace")
+            said = known.endpoint.masked(exchange.body[:200].decode("utf-8", "replace"))
             raise RequestError(path, f"was answered with {exchange.status}: {' '.join(said.split())}")
         return document
 

@@ -17,6 +17,8 @@ from everybit.cli.bench.options import (
 )
 from everybit.errors import SourceError
 
+_LEAST_REQUESTS = 10  # of a run: fewer say nothing of a share
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
@@ -55,7 +57,15 @@ def run(args: argparse.Namespace) -> int:
     slo = settings.targets.slo
     if slo is None:
         raise SourceError("a capacity is that of an SLO: give --slo, or another preset than batch")
-    limits = Limits(slo.share, args.tolerance, args.most_probes, args.most_runs, most_rate=args.most_rate)
+    if args.duration is not None and args.duration < 1:
+        raise SourceError(f"--duration {args.duration:g}: a rate needs 1 s or more")
+    least = _LEAST_REQUESTS / (args.duration or 30)
+    if args.first_rate < least:
+        raise SourceError(
+            f"--first-rate {args.first_rate:g}: runs of {args.duration or 30:g} s can judge {least:.3g} requests/s and"
+            " more; make --duration longer"
+        )
+    limits = Limits(slo.share, args.tolerance, args.most_probes, args.most_runs, least, args.most_rate)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     interrupted = False
     runs = Runs(args, settings.command)

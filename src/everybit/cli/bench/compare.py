@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from datetime import UTC, datetime
 from functools import partial
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from everybit.bench.measuring import Measured, measure_run
     from everybit.bench.result import series_document
     from everybit.bench.series import compare
-    from everybit.cli.bench.output import Runs, finish
+    from everybit.cli.bench.output import INTERRUPTED, Runs, finish
 
     if args.rounds < 3:
         raise SourceError(f"--rounds {args.rounds}: an interval needs 3 or more")
@@ -62,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
             break
     whole = number if interrupted else args.rounds
     if whole < 3:
-        raise SourceError(f"interrupted after {whole} whole rounds: an interval needs 3")
+        where = "" if args.json else f"; the runs are in {args.folder}, and the same command goes on from there"
+        print(f"everybit: interrupted after {whole} whole rounds, an interval needs 3{where}", file=sys.stderr)
+        return INTERRUPTED
     a, b = rounds[0][:whole], rounds[1][:whole]
     block = {"labels": [args.a, args.b], "rounds": whole, "rows": compare(a, b, sides[0].targets)}
     documents = [one.document for pair in zip(a, b, strict=True) for one in pair]

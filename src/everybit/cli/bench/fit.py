@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
         raise SourceError(
             f"--most-prompt {args.most_prompt} --answer {args.answer}: expected 32 and 2 at least, {_MOST} at most"
         )
+    if args.output.exists():
+        raise OutputError(f"{args.output}: exists already; give another name, or remove it")
     check_writable(args.output)
     known = known_of(args)
     texts = replace(random_words(1), chars_per_token=known.chars_per_token or 4)
@@ -58,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     job = Job(known.endpoint, PATHS[known.asking.api], known.asking, workload, limits_of(args))
     with Display("fit", None, len(prompts), args.quiet) as display:
         outcome = run_job(job, 1, show=display)
+    if outcome.interrupted:
+        raise KeyboardInterrupt
     ideal = fit(outcome.records[1:])
     part = args.output.with_name(args.output.name + ".part")
     try:
@@ -71,4 +75,4 @@ def run(args: argparse.Namespace) -> int:
         f"{ideal.gap_base_ns / 1e6:.2f} ms a token (within {ideal.gap_error:.1%})"
     )
     print(f"written: {args.output}")
-    return 130 if outcome.interrupted else 0
+    return 0

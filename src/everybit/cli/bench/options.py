@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import replace
@@ -180,12 +181,15 @@ def _ns(seconds: float) -> int:
 
 
 def command_line() -> list[str]:
-    """As it was given: keys come by the environment, so none is in it; headers may hold one."""
-    shown, hide = ["everybit"], False
+    """As it was given: keys come by the environment, so none is in it; headers and bodies may hold one."""
+    shown, before = [Path(sys.argv[0]).name], ""
     for one in sys.argv[1:]:
-        if hide or one.startswith("--header="):
-            one = one.partition(":")[0] + ": ..."
-        hide = one == "--header"
+        option, mark, value = one.partition("=") if one.startswith("--") else (before, "", one)
+        if option == "--header":
+            one = option * bool(mark) + mark + value.partition(":")[0] + ": ..." if value else one
+        elif option == "--body" and re.search(r"key|token|secret|password|auth", value, re.IGNORECASE):
+            one = option * bool(mark) + mark + "..."
+        before = option if option == one else ""
         shown.append(one)
     return shown
 

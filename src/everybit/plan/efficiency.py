@@ -1,0 +1,143 @@
+"""What a real engine reaches of a card's peak figures: a few numbers with a meaning, bounds and sources."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from typing import Any
+
+from everybit.errors import SourceError
+from everybit.plan.hardware import Hardware
+
+# Unbounded fits look good and fail on the next model: no share exceeds the peak.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "compute": (0.05, 1.0),
+    "memory": (0.1, 1.0),
+    "attention": (0.05, 1.0),
+    "cache": (0.1, 1.0),
+    "layer_s": (1e-7, 1e-3),
+    "step_s": (1e-6, 0.1),
+    "sequence_s": (1e-8, 1e-3),
+    "link": (0.02, 1.0),
+    "link_s": (1e-7, 1e-3),
+    "overlap": (0.2, 3.0),
+    "queue": (1e-3, 1.0),
+    "first_s": (1e-4, 2.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WeightOnly:
+    """Products with weights of fewer bits than are multiplied, against plain ones.
+
+    `memory`, `compute`: their shares of peak over the plain product's; `few`: that of memory below `FEW_ROWS` rows,
+    where engines have kernels of their own. `extra_s`: more time for each product.
+    """
+
+    memory: float = 1.0
+    few: float = 1.0
+    compute: float = 1.0
+    extra_s: float = 0.0
+
+
+FEW_ROWS = 4  # below: matrix-vector kernels (TensorRT-LLM's tables change between 2 and 4 rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """Measured products of an engine whose kernels follow no roofline (`everybit plan probe`).
+
+    `weight_s[bits][rows][width]`: seconds for each weight, at ascending `bits`, `rows` of the input and `widths` (how
+    many inputs a weight has). `launch_s`: of a product; `number_s`: for each number that goes in or comes out (norms,
+    activations).
+    """
+
+    bits: tuple[int, ...]
+    rows: tuple[int, ...]
+    widths: tuple[int, ...]
+    weight_s: tuple[tuple[tuple[float, ...], ...], ...]
+    launch_s: float
+    number_s: float
+
+    def seconds(self, stored: float, rows: float, width: int, weights: float, numbers: float) -> float:
+        """Of one product with `weights` weights of `stored` bits, of which less than one is for scales."""
+        table = self.weight_s[max(0, bisect_right(self.bits, stored) - 1)]
+        # Each output has a cost of its own, so the time of a weight is even in 1 / width; beyond the ends it stays.
+        i, share = _between([-1 / one for one in self.widths], -1 / width)
+        share = min(1.0, max(0.0, share))
+        j, beyond = _between(self.rows, max(rows, self.rows[0]))
+        low, high = (line[i] + share * (line[i + 1] - line[i]) for line in table[j : j + 2])
+        return self.launch_s + weights * (low + beyond * (high - low)) + numbers * self.number_s
+
+
+def _between(points: Sequence[float], x: float) -> tuple[int, float]:
+    """The piece of `points` that holds x or is next to it, and where in it x is."""
+    i = min(max(bisect_right(points, x) - 1, 0), len(points) - 2)
+    return i, (x - points[i]) / (points[i + 1] - points[i])
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """`compute`, `memory`, `link`: shares of peak that products, reading and all-reduces reach. `narrow`: products of
+    numbers below 16 bits, of the share of wider ones.
+
+    `attention`, `cache`: its arithmetic and its reading, of what products reach. Launches: `layer_s` of a layer,
+    `step_s` of a step, `sequence_s` of a sequence in a step, `link_s` of a collective. `overlap`: how much of the
+    others' prompts a decoded token waits for; `queue`: how much of them a prompt waits for; `first_s`: of a request
+    before its prompt runs. `ahead`: of an output's cache, the share that a running request holds. `spread`: standard
+    deviation of the log of a time predicted with these. `products`: where they are, linears take what these say.
+    """
+
+    compute: float = 1.0
+    narrow: float = 1.0
+    memory: float = 1.0
+    attention: float = 1.0
+    cache: float = 1.0
+    layer_s: float = 0.0
+    step_s: float = 0.0
+    sequence_s: float = 0.0
+    link: float = 1.0
+    link_s: float = 0.0
+    overlap: float = 1.0
+    queue: float = 0.0
+    first_s: float = 0.0
+    ahead: float = 0.5
+    weight_only: WeightOnly = WeightOnly()
+    products: Products | None = None
+    spread: float = 0.0
+    source: str = "peak figures of the card"
+
+
+IDEAL = Efficiency()
+
+
+def prior(hardware: Hardware, engine: str = "any") -> Efficiency:
+    """What is assumed of a card before any measurement. Raises: SourceError for an engine without a prior"""
+    shipped, group = _priors(), group_of(hardware)
+    engines = shipped["engines"]
+    if engine not in engines:
+        raise SourceError(f"engine {engine!r} has no prior, expected one of {', '.join(engines)}: pass any")
+    values: dict[str, Any] = {
+        **shipped["groups"][group],
+        **engines[engine],
+        **shipped["both"].get(group, {}).get(engine, {}),
+    }
+    values["weight_only"] = WeightOnly(**values["weight_only"])
+    values["source"] = f"prior of {group} x {engine}: {values['source']}"
+    return replace(IDEAL, **values)
+
+
+def group_of(hardware: Hardware) -> str:
+    """GPUs by the narrowest floats that they multiply, which tells their generation; cpu or accelerator otherwise."""
+    if hardware.kind != "gpu":
+        return hardware.kind
+    return "gpu-fp4" if "fp4" in hardware.flops else "gpu-fp8" if "fp8" in hardware.flops else "gpu-16bit"
+
+
+@functools.cache
+def _priors() -> dict[str, Any]:
+    return tomllib.loads((files("everybit.plan") / "priors.toml").read_text("utf-8"))

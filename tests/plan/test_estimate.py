@@ -1,0 +1,186 @@
+"""Steady state by hand, intervals, money, energy, roofline, and what is said of limits."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import replace
+
+import pytest
+
+from everybit.errors import SourceError
+from everybit.plan.calibrate import Calibration
+from everybit.plan.cost import Cost, Parallel
+from everybit.plan.efficiency import prior
+from everybit.plan.estimate import estimate, roofline, with_bits
+from everybit.plan.explain import explain
+from everybit.plan.hardware import read_hardware
+from everybit.plan.model import read_model
+from everybit.plan.power import Interval
+from everybit.plan.speculation import Speculation
+from everybit.plan.step import Step
+
+H100 = read_hardware("h100-sxm")
+LLAMA = read_model("meta-llama/Meta-Llama-3-8B")
+
+
+def test_the_formula_by_hand() -> None:
+    cost, efficiency = Cost(LLAMA, H100, efficiency=prior(H100)), prior(H100)
+    decode, prefill = cost.seconds(Step(decodes=(1024 + 128,) * 16)), cost.seconds(Step(chunks=((1024, 0),)))
+    tpot = decode + efficiency.overlap * 15 * prefill / 256
+    ttft = efficiency.first_s + prefill * (1 + efficiency.queue * 15)
+    found = estimate(LLAMA, H100, concurrency=16)
+    assert found.tpot_s.value == pytest.approx(tpot)
+    assert found.ttft_s.value == pytest.approx(ttft)
+    assert found.e2e_s.value == pytest.approx(ttft + 255 * tpot)
+    assert found.tokens_per_s.value == pytest.approx(16 * 256 / (ttft + 255 * tpot))
+    assert found.usd_per_mtok
+    assert found.usd_per_mtok.value == pytest.approx(2.29 / 3600 / found.tokens_per_s.value * 1e6)
+    assert found.running == 16
+
+
+def test_clients_beyond_memory_wait() -> None:
+    """Little's law: all clients are somewhere; those that do not run wait."""
+    few, many = (estimate(LLAMA, H100, concurrency=n, prompt=7000, output=1000) for n in (32, 400))
+    assert many.running < 100
+    assert many.tpot_s.value < 3 * few.tpot_s.value
+    assert many.ttft_s.value > 20 * few.ttft_s.value
+    assert many.e2e_s.value * many.tokens_per_s.value == pytest.approx(400 * 1000)
+
+
+def test_more_clients_more_tokens_and_longer_waits() -> None:
+    found = [estimate(LLAMA, H100, concurrency=n) for n in (1, 4, 16, 64)]
+    for a, b in itertools.pairwise(found):
+        assert a.tokens_per_s.value < b.tokens_per_s.value
+        assert a.tpot_s.value < b.tpot_s.value
+        assert a.joules_per_token
+        assert b.joules_per_token
+        assert a.joules_per_token.value > b.joules_per_token.value
+
+
+def test_groups_serve_like_separate_devices() -> None:
+    one, four = estimate(LLAMA, H100, concurrency=8), estimate(LLAMA, H100, concurrency=32, parallel=Parallel(dp=4))
+    assert four.tpot_s == one.tpot_s
+    assert four.tokens_per_s.value == pytest.approx(4 * one.tokens_per_s.value)
+    assert four.usd_per_mtok == one.usd_per_mtok
+    assert four.joules_per_token == one.joules_per_token
+
+
+def test_a_pipeline_gives_throughput_not_latency() -> None:
+    one, two = (estimate(LLAMA, H100, concurrency=64, parallel=Parallel(pp=n)) for n in (1, 2))
+    assert one.tokens_per_s.value < two.tokens_per_s.value < 2 * one.tokens_per_s.value
+    assert estimate(LLAMA, H100, parallel=Parallel(pp=2)).tpot_s.value > estimate(LLAMA, H100).tpot_s.value
+
+
+def test_intervals_hold_the_value_and_widen_with_the_draws() -> None:
+    found = estimate(LLAMA, H100, concurrency=8)
+    for one in (found.ttft_s, found.tpot_s, found.e2e_s, found.tokens_per_s, found.usd_per_mtok):
+        assert one
+        assert one.low < one.value < one.high
+    base = prior(H100)
+    draws = tuple(replace(base, memory=memory) for memory in (0.5, 0.7, 0.9))
+    known = estimate(LLAMA, H100, calibration=Calibration(H100.name, "any", ("",), base, (), 9))
+    vague = estimate(LLAMA, H100, calibration=Calibration(H100.name, "any", ("",), base, draws, 9))
+    assert vague.tpot_s.high > known.tpot_s.high
+    assert vague.tpot_s.value == known.tpot_s.value
+
+
+def test_sources_are_named() -> None:
+    assert estimate(LLAMA, H100, engine="vllm").source.startswith("prior of gpu-fp8 x vllm")
+    assert estimate(LLAMA, H100).card == "vendor"
+    with pytest.raises(SourceError, match=r"a calibration of B200 x vllm arrived for H100 SXM x any"):
+        estimate(LLAMA, H100, calibration=Calibration("B200", "vllm", ("",), prior(H100), (), 9))
+
+
+def test_prices_power_and_carbon() -> None:
+    found = estimate(LLAMA, H100, price=10.0, g_per_kwh=Interval(400, 300, 500), pue=1.2)
+    assert found.usd_per_mtok
+    assert found.usd_per_mtok.value == pytest.approx(10 / 3600 / found.tokens_per_s.value * 1e6)
+    assert found.gco2e_per_token
+    assert found.joules_per_token
+    assert found.gco2e_per_token.value == pytest.approx(found.joules_per_token.value / 3.6e6 * 1.2 * 400)
+    # One stream reads at full bandwidth: its power is between idle and the cap.
+    assert 0.25 * 700 < found.joules_per_token.value * found.tokens_per_s.value < 700
+    assert estimate(LLAMA, H100, price="reserved").usd_per_mtok is None
+    assert estimate(LLAMA, H100, price=0.0).usd_per_mtok == Interval(0, 0, 0)
+    with pytest.raises(SourceError, match="a price of -1"):
+        estimate(LLAMA, H100, price=-1)
+
+
+def test_offload_streams_what_does_not_fit() -> None:
+    big = read_model("meta-llama/Llama-3.1-70B")
+    with pytest.raises(SourceError, match="nearest that fits"):
+        estimate(big, H100)
+    found = estimate(big, H100, offload=True)
+    assert found.binding["decode"] == ("streaming weights from slower memory", 1.0)
+    assert 0.9 < found.tpot_s.value < 2  # some 65 GB over 64 GB/s
+    assert estimate(LLAMA, H100, offload=True).tpot_s == estimate(LLAMA, H100).tpot_s
+
+
+def test_speculation_helps_one_stream_more_than_many() -> None:
+    model = read_model("meta-llama/Meta-Llama-3-8B", weight_bits={"default": 16, "head": 16})
+    drafts = Speculation(4, 0.9, 4)
+
+    def gain(clients: int) -> float:
+        plain, faster = (estimate(model, H100, concurrency=clients, speculation=one) for one in (None, drafts))
+        return plain.tpot_s.value / faster.tpot_s.value
+
+    assert gain(1) > 1.15
+    assert gain(1) > gain(64)
+
+
+def test_roofline_points_lie_under_the_roof() -> None:
+    found = roofline(LLAMA, H100, concurrency=32)
+    assert {one.name for one in found.decode} >= {"qkv", "o", "up", "down", "decode", "head"}
+    for one in (*found.decode, *found.prefill):
+        assert 0 < one.flops <= min(found.flops, one.intensity * found.bytes_per_s) * (1 + 1e-9)
+    assert next(one for one in found.prefill if one.name == "up").bound == "arithmetic"
+    assert next(one for one in found.decode if one.name == "up").bound == "reading weights"
+
+
+def test_explain_names_what_binds_and_the_next_best() -> None:
+    lines = explain(LLAMA, H100, concurrency=8)
+    assert any(line.startswith("decode: ") and line.endswith("reading weights") for line in lines)
+    assert any(line.startswith("better: 16 clients") for line in lines)
+    assert lines[-1].startswith("efficiencies: prior of gpu-fp8")
+
+
+def test_explain_of_limits_that_are_missed() -> None:
+    lines = explain(LLAMA, H100, concurrency=64, most_tpot_s=0.012)
+    assert any("TPOT" in line and "misses the limit of 12.0 ms" in line for line in lines)
+    assert any(line.startswith("better: ") for line in lines)
+    impossible = explain(LLAMA, H100, concurrency=64, most_tpot_s=1e-4)
+    assert any(line.startswith("no neighbour keeps the limits; nearest: ") for line in impossible)
+
+
+def test_with_bits_leaves_the_head() -> None:
+    low = with_bits(LLAMA, 4.5)
+    assert low.head == LLAMA.head
+    assert {one.bits for layer in low.layers for one in layer.linears} == {4.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"concurrency": 0}, "concurrency 0 arrived"),
+        ({"prompt": -1}, "prompt -1 arrived"),
+        ({"output": 1.5}, "output 1.5 arrived"),
+        ({"prompt": 8000, "output": 1000}, "has a context of 8192"),
+        ({"engine": "none"}, "engine 'none' has no prior"),
+        ({"parallel": Parallel(tp=3)}, "does not divide"),
+    ],
+)
+def test_bad_loads(options: dict[str, object], told: str) -> None:
+    with pytest.raises(SourceError, match=told) as caught:
+        estimate(LLAMA, H100, **options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_an_estimate_takes_less_than_a_millisecond_or_so() -> None:
+    """Half of that on an idle machine; a shared one may be slow, so the best of many counts."""
+    best = 1.0
+    for _ in range(50):
+        begin = time.perf_counter()
+        estimate(LLAMA, H100, concurrency=32)
+        best = min(best, time.perf_counter() - begin)
+    assert best < 2e-3

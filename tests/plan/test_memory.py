@@ -1,0 +1,95 @@
+"""What fits, by hand; and what is said where nothing does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from everybit.errors import SourceError
+from everybit.plan.cost import Parallel
+from everybit.plan.hardware import read_hardware
+from everybit.plan.memory import device_cache, device_weights, fit
+from everybit.plan.model import read_model
+
+H100 = read_hardware("h100-sxm")
+
+
+def test_parts_by_hand() -> None:
+    model = read_model("meta-llama/Meta-Llama-3-8B")
+    found = fit(model, H100, context=4096)
+    assert found.weight_bytes == model.weight_bytes
+    assert found.cache_bytes == 4096 * 32 * 2 * 8 * 128 * 2
+    assert found.reserve_bytes == pytest.approx(0.06 * 85.52e9 + 1.5e9)
+    assert found.activation_bytes == 4096 * 2 * (3 * 4096 + 2 * 14336)
+    parts = found.weight_bytes + found.reserve_bytes + found.activation_bytes
+    assert found.sequences == int((85.52e9 - parts) / found.cache_bytes)
+    assert found.why == ""
+
+
+def test_a_cache_of_half_the_bits_holds_twice_as_many() -> None:
+    name = "meta-llama/Meta-Llama-3-8B"
+    wide, narrow = (fit(read_model(name, kv_bits=bits), H100, context=8192) for bits in (16, 8))
+    assert narrow.sequences in (2 * wide.sequences, 2 * wide.sequences + 1)
+
+
+def test_splits() -> None:
+    model = read_model("mistralai/Mixtral-8x7B-v0.1")
+    whole = device_weights(model, Parallel())
+    assert whole == model.weight_bytes
+    assert device_weights(model, Parallel(tp=4)) == pytest.approx(whole / 4, rel=0.01)
+    experts = sum(one.bytes for one in model.layers[0].experts.linears) * 8 * 32  # type: ignore[union-attr]
+    assert device_weights(model, Parallel(dp=4, ep=4)) == pytest.approx(whole - experts * 3 / 4)
+    assert device_cache(model, Parallel(tp=16), 1000) == device_cache(model, Parallel(tp=8), 1000)  # 8 key heads
+    assert device_cache(model, Parallel(pp=2), 1000) == device_cache(model, Parallel(), 1000) / 2
+
+
+def test_groups_have_memory_of_their_own() -> None:
+    model = read_model("meta-llama/Meta-Llama-3-8B")
+    assert fit(model, H100, Parallel(dp=4), context=8192).sequences == 4 * fit(model, H100, context=8192).sequences
+
+
+def test_tied_heads_are_stored_once() -> None:
+    model = read_model("meta-llama/Llama-3.2-1B")
+    assert model.tied
+    assert device_weights(model, Parallel()) == model.weight_bytes
+
+
+def test_why_not_and_the_nearest_that_fits() -> None:
+    model = read_model("meta-llama/Llama-3.1-70B")
+    found = fit(model, H100, context=4096)
+    assert found.sequences == 0
+    assert "weights 141.1 + a cache of 4096 tokens 1.3" in found.why
+    assert "> 85.5 GB of each device" in found.why
+    assert "tp 2" in found.why
+    assert fit(model, H100, Parallel(tp=2), context=4096).sequences > 0
+    bits = float(found.why.split(" bits a weight")[0].rpartition(" ")[2])
+    assert fit(read_model("meta-llama/Llama-3.1-70B", weight_bits={"default": bits}), H100, context=4096).sequences > 0
+
+
+def test_the_longest_context_that_fits_is_exact() -> None:
+    model = read_model("meta-llama/Llama-3.1-70B", weight_bits="fp8")
+    found = fit(model, H100, context=100_000)
+    longest = int(found.why.rpartition("nearest that fits: a context of ")[2].split()[0])
+    assert fit(model, H100, context=longest).sequences == 1
+    assert fit(model, H100, context=longest + 2).sequences == 0
+
+
+def test_what_fits_nowhere_on_a_node() -> None:
+    tiny = replace(H100, devices_per_node=1)
+    found = fit(read_model("moonshotai/Kimi-K2.5"), tiny, context=1024)
+    assert "tp" not in found.why.partition("nearest")[2]
+
+
+def test_states_do_not_grow() -> None:
+    model = read_model("state-spaces/mamba-2.8b-hf")
+    assert fit(model, H100, context=1000).cache_bytes == fit(model, H100, context=100_000).cache_bytes > 0
+
+
+def test_encoders_are_limited_by_their_steps() -> None:
+    assert fit(read_model("google-bert/bert-base-uncased"), H100).sequences > 0
+
+
+def test_bad_contexts() -> None:
+    with pytest.raises(SourceError, match="a context of 0 tokens arrived"):
+        fit(read_model("meta-llama/Meta-Llama-3-8B"), H100, context=0)
