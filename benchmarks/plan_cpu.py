@@ -5,7 +5,7 @@
 The probe sees products of random planes and layers without products, no model. Its calibration then predicts steps of
 overlays of random planes at real shapes (`--shapes`): decoding with `--batches` sequences, and prompts of `--prefill`
 tokens. Rounds alternate a probe and a pass over all measured cells; both sides keep their best, for other programs can
-only slow them down. With one thread, what it waited for a processor during a prompt does not count.
+only slow them down. With one thread, what it waited for a processor does not count (Linux).
 
 Measured are whole steps, tokens in to logits in memory. `error` is predicted over measured tokens per second, minus 1.
 Printed as a table, written as JSON lines.
@@ -20,7 +20,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,11 +31,12 @@ PEERS = Path(__file__).resolve().parent / "peers"
 sys.path.insert(0, str(PEERS))
 
 from everybit_peer import Ours  # noqa: E402
-from protocol import PROMPT  # noqa: E402
+from protocol import PROMPT, token  # noqa: E402
 from served import commit  # noqa: E402
 
 from cpu_decode import numbers  # noqa: E402
 from everybit.cli.plan.probe import measure  # noqa: E402
+from everybit.errors import SourceError  # noqa: E402
 from everybit.plan.cost import Cost  # noqa: E402
 from everybit.plan.model import read_model  # noqa: E402
 from everybit.plan.probe import calibration_of, card_of  # noqa: E402
@@ -62,14 +65,23 @@ def waited_s() -> float:
     return sum(int(path.read_text().split()[1]) for path in Path("/proc/self/task").glob("*/schedstat")) / 1e9
 
 
-def measured(ours: Ours, phase: str, size: int, bits: int) -> float:
-    """Seconds of a step. Of a prompt, which is longer than a time slice, less what one thread waited."""
-    if phase == "decode":
-        return min(ours.decode(STEPS, size, bits))
-    ours.empty(1)
-    before = waited_s()
-    took = ours.prefill(size, bits)[0]
+def timed(ours: Ours, step: Callable[[], object]) -> float:
+    """Seconds of a step; of one thread, less what it waited."""
+    before, start = waited_s(), time.perf_counter()
+    step()
+    took = time.perf_counter() - start
     return took - (waited_s() - before) * (ours.threads == 1)
+
+
+def measured(ours: Ours, phase: str, size: int, bits: int) -> float:
+    """Seconds of a prompt, or of the best of `STEPS` decoding steps."""
+    runtime = ours.empty(1 if phase == "prefill" else size)
+    ids = [token(i, 0, ours.vocabulary) for i in range(size)]
+    if phase == "prefill":
+        return timed(ours, lambda: runtime.prefill(0, ids, bits))
+    for sequence in range(size):
+        runtime.prefill(sequence, [token(i, sequence, ours.vocabulary) for i in range(PROMPT)], bits)
+    return min(timed(ours, lambda: runtime.decode(ids, bits)) for _ in range(STEPS))
 
 
 def line(cell: Cell, predictions: list[float], times: list[float]) -> dict[str, Any]:
@@ -109,7 +121,11 @@ def main() -> None:
     predictions: defaultdict[Cell, list[float]] = defaultdict(list)
     times: defaultdict[Cell, list[float]] = defaultdict(list)
     for index in range(args.rounds):
-        found = measure(args.threads, args.seconds)
+        try:
+            found = measure(args.threads, args.seconds)
+        except SourceError as error:  # too busy: the round is dropped
+            print(f"probe {index + 1}: {error}", file=sys.stderr)
+            continue
         card, efficiency = card_of(found), calibration_of(found).efficiency
         print(f"probe {index + 1}: {card.name}, {card.main_memory.bytes_per_s / 1e9:.1f} GB/s", file=sys.stderr)
         for shape, folder in folders.items():
@@ -130,7 +146,7 @@ def main() -> None:
         "card": card.name,
         "load": os.getloadavg()[0],
         "bytes_per_s": card.main_memory.bytes_per_s,
-        "rounds": args.rounds,
+        "rounds": len(next(iter(times.values()))),
         "cells": len(errors),
         "within_limit": sum(error <= LIMIT for error in errors),
         "median_error": round(median(errors), 4),

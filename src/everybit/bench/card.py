@@ -144,10 +144,11 @@ def _cell(value: float | None, width: int = 10) -> str:
 
 def _capacity(block: Document) -> Iterator[str]:
     low, high = block["bracket"]
+    known = [f"{low:.3g} passes" if low else "", f"{high:.3g} fails" if high else ""]
     said = {
         "found": f"capacity {block['rate'] or 0:.3g} requests/s (fails at {high or 0:.3g})",
         "at least": f"capacity at least {block['rate'] or 0:.3g} requests/s: nothing failed",
-        "unsure": f"capacity between {low or 0:.3g} and {high or 0:.3g} requests/s",
+        "unsure": "capacity not found: " + (", ".join(filter(None, known)) or "no rate was judged"),
         "none": "no rate keeps the SLO",
     }
     yield f"{said[block['verdict']]}; {block['reason']}"

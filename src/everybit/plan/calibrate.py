@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from everybit.errors import SourceError, reason
 from everybit.plan.cost import Parallel
@@ -156,6 +155,8 @@ def _errors(cases: Sequence[_Case], efficiency: Efficiency) -> list[tuple[float,
 
 
 def _fit(cases: Sequence[_Case], prior: Efficiency, start: Efficiency | None = None) -> Efficiency:
+    from scipy.optimize import least_squares  # estimates do without scipy
+
     low, high = (np.log([BOUNDS[name][side] for name in _NAMES]) for side in (0, 1))
     free = np.array([_FREE.get(name, _FREE_OTHERS) for name in _NAMES])
     center = _logs(prior)

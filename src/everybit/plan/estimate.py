@@ -274,7 +274,7 @@ def _binding(one: Times) -> tuple[str, float]:
 
 def _points(works: Sequence[Work], efficiency: Efficiency, bandwidth: float) -> Iterator[Point]:
     for work in works:
-        if work.kind == "link":
+        if work.kind == "link" or not work.memory_s:  # an encoder's attention reads no cache
             continue
         one = times([work], replace(efficiency, step_s=0, layer_s=0, sequence_s=0), 0, 0)
         flops, moved = work.compute_s * work.flops, work.memory_s * bandwidth

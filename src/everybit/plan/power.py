@@ -17,7 +17,6 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from everybit.errors import SourceError, reason
 from everybit.plan.hardware import Hardware
@@ -101,6 +100,8 @@ def fit_power(uses: Sequence[Use], cap_w: float, idle_w: float | None = None) ->
 
     Raises: SourceError for fewer than 4 uses, or watts that cannot be of one device
     """
+    from scipy.optimize import least_squares  # estimates do without scipy
+
     if len(uses) < 4:
         raise SourceError(f"power: {len(uses)} measurements are too few to fit a curve; expected 4 or more")
     for use in uses:

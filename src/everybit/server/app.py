@@ -20,7 +20,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from everybit import __version__
 from everybit.engine.plan import Plan
 from everybit.errors import EverybitError, RequestError
-from everybit.server import answers, fields
+from everybit.server import answers, fields, planning
 from everybit.server.answers import described
 from everybit.server.asking import Asking
 from everybit.server.chat import chat, read_messages, render
@@ -243,11 +243,12 @@ class Server:
 
         @app.get("/page/{name}", include_in_schema=False)
         async def asset(name: str) -> Response:
-            known = {path.name: path for path in PAGE.iterdir() if path.is_file()}
+            known = {path.name: path for folder in (PAGE, planning.PAGE) for path in folder.iterdir() if path.is_file()}
             if name not in known:
                 raise Problem(404, f"there is no {name[:80]!r} on the page")
             return FileResponse(known[name])
 
+        planning.add_routes(app)
         answers.describe_keys(app, bool(self.settings.keys))
         return app
 

@@ -24,7 +24,7 @@ from everybit.server.log import write
 from everybit.server.problems import Problem, problem_of
 
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-OPEN = ("/health", "/ready", "/", "/page/", "/openapi.json", "/docs")  # without a key
+OPEN = ("/health", "/ready", "/", "/plan", "/page/", "/openapi.json", "/docs")  # without a key
 GENERATES = ("/v1/completions", "/v1/chat/completions", "/v1/responses")  # what a key's concurrency counts
 _SECURE = [
     (b"x-content-type-options", b"nosniff"),

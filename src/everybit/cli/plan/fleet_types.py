@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from everybit.batching.fluidity import Target
-from everybit.cli.plan.deployment import Deployment
 from everybit.cli.plan.fleet_spec import Offer, Spec
 from everybit.cli.plan.options import slo_of, widths
 from everybit.errors import SourceError
 from everybit.plan.calibrate import Calibration, read_calibration
 from everybit.plan.cost import Parallel
+from everybit.plan.deployment import Deployment
 from everybit.plan.efficiency import Efficiency, prior
 from everybit.plan.estimate import Estimate, estimate
 from everybit.plan.fleet import Fleet

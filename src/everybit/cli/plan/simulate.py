@@ -31,7 +31,7 @@ from everybit.errors import SourceError
 
 if TYPE_CHECKING:
     from everybit.batching.fluidity import Target
-    from everybit.cli.plan.deployment import Deployment
+    from everybit.plan.deployment import Deployment
     from everybit.plan.efficiency import Efficiency
     from everybit.plan.hardware import Hardware
     from everybit.plan.operators import Model
@@ -95,8 +95,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    from everybit.cli.plan.deployment import Deployment
     from everybit.cli.plan.output import print_json
+    from everybit.plan.deployment import Deployment
     from everybit.plan.hardware import weakest
     from everybit.plan.simulate.metrics import measure
     from everybit.plan.simulate.output import write_chrome, write_records
