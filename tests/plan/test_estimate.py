@@ -184,3 +184,8 @@ def test_an_estimate_takes_less_than_a_millisecond_or_so() -> None:
         estimate(LLAMA, H100, concurrency=32)
         best = min(best, time.perf_counter() - begin)
     assert best < 2e-3
+
+
+def test_an_encoder_is_refused() -> None:
+    with pytest.raises(SourceError, match="writes no tokens"):
+        estimate(read_model("google-bert/bert-base-uncased"), read_hardware("h100-sxm"), prompt=100, output=10)

@@ -281,3 +281,9 @@ def test_bad_input_is_told(demand: object, types: object, limits: Limits, messag
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     plan_fleet(*random_case(6, 20, 8))  # where HiGHS 1.12 prints
     assert capfd.readouterr().out == ""
+
+
+def test_a_quota_of_hardware_that_no_type_has_is_refused() -> None:
+    types = [ReplicaType("a", "H100 SXM", 1.0, (5.0,))]
+    with pytest.raises(SourceError, match="quota of 'h100-sxm', which no type has"):
+        plan_fleet([Bucket(100, 100, 1.0)], types, Limits(quotas={"h100-sxm": 0}))

@@ -85,6 +85,9 @@ def plan_fleet(
     """
     limits = limits or Limits()
     check(demand, types, limits)
+    kinds = sorted({one.hardware for one in types})
+    if unknown := [kind for kind in limits.quotas if kind not in kinds]:
+        raise SourceError(f"a quota of '{unknown[0]}', which no type has: the types have {', '.join(kinds)}")
     if not 0 < tighten < 1 or rounds < 1 or (slices is not None and slices < 1) or limit_s <= 0:
         raise SourceError(
             f"tighten {tighten}, rounds {rounds}, slices {slices}, limit_s {limit_s}: give a part of 1, and more than 0"

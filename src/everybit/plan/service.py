@@ -94,6 +94,8 @@ def compile_service(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
             raise SourceError(f"{name} {value!r} arrived, expected a whole number from 1 to {limit}: fix it")
+    if model.head is None:
+        raise SourceError(f"{model.name} writes no tokens, as far as it is counted (an encoder): expected a decoder")
     if prompt + output > model.context:
         raise SourceError(
             f"{prompt} + {output} tokens, but {model.name} has a context of {model.context}: shorten them"

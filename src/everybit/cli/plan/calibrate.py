@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     from everybit.plan.efficiency import prior
     from everybit.plan.hardware import read_hardware
 
+    if args.seed < 0:
+        raise SourceError(f"--seed {args.seed}: expected 0 or more")
     card = read_hardware(args.on)
     start = prior(card, args.engine)
     samples: list[Sample] = []

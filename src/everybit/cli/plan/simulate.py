@@ -101,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     from everybit.plan.simulate.metrics import measure
     from everybit.plan.simulate.output import write_chrome, write_records
 
+    if args.seed < 0:
+        raise SourceError(f"--seed {args.seed}: expected 0 or more")
     card = card_of(args)
     efficiency, usd = efficiency_of(args, card), usd_per_h_of(args.price, card)
     carbon, pue = carbon_of(args)
