@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from everybit.cli.device import add_device_options, backend_of
 from everybit.cli.options import add_machine_options, parse_bits
 from everybit.errors import EverybitError, PrecisionError, SourceError
 
@@ -35,6 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--seed", type=int, help="of the draws (default: another each time)")
     parser.add_argument("--context", type=int, metavar="N", help="room for so many tokens (default: the model's own)")
     add_machine_options(parser, "fast", "default: fast")
+    add_device_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -50,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     from everybit.tokenizer import Tokenizer
 
     Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed or 0)  # or it is refused, at once
-    with Runtime.open(args.overlay, threads=args.threads, mode=args.mode, context=args.context) as runtime:
+    backend = backend_of(args, "fast")
+    mode = "default" if backend else args.mode
+    with Runtime.open(args.overlay, threads=args.threads, mode=mode, context=args.context, backend=backend) as runtime:
         conversation = Conversation(
             runtime, Batcher(runtime), Tokenizer.open(args.overlay), ChatTemplate.open(args.overlay), args
         )

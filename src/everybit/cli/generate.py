@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 
+from everybit.cli.device import add_device_options, backend_of
 from everybit.cli.options import add_machine_options, parse_bits, plan_file, processors
 from everybit.errors import PrecisionError, RequestError, SourceError
 
@@ -41,6 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_machine_options(machine, "default", "default: default")
     machine.add_argument("--pin", type=processors, default=(), metavar="LIST", help="processors for the threads: 0,2-3")
     machine.add_argument("--isa", help="instruction set (default: $EVERYBIT_ISA, or the best here; see everybit probe)")
+    add_device_options(machine)
     machine.add_argument("--context", type=int, metavar="N", help="room for so many tokens (default: the model's own)")
     machine.add_argument(
         "--kv-dtype",
@@ -78,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if without := [name for name in _SAMPLED if name in asked and args.temperature == 0]:
         raise SourceError(f"{_option(without[0])} has no effect at temperature 0: give --temperature as well")
 
+    backend = backend_of(args, "default")
     runtime = Runtime.open(
         args.overlay,
         threads=args.threads,
@@ -87,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         context=args.context,
         kv_dtype=args.kv_dtype,
         debug=args.debug_numerics,
+        backend=backend,
     )
     with runtime:
         tokenizer = Tokenizer.open(args.overlay)
@@ -97,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
         generation = generate(runtime, prompt, sampling, args.max_tokens, precision, stop_ids=tokenizer.eos_ids)
         plan = generation.bits if isinstance(generation.bits, Plan) else None
         weights = str(plan) if plan else f"{generation.bits} bits" if generation.bits else "float weights"
-        threads = f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}"
+        threads = f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}, {args.mode} mode"
+        how = f"{runtime.isa}, {args.dtype or 'float16'}" if backend else f"{runtime.isa}, {threads}"
 
         pieces: list[str] = []
 
@@ -110,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         shown = False
         for token in generation:
             if not shown:  # not before the first token: a refusal is one line on stderr and nothing else
-                print(f"everybit: {runtime.isa}, {threads}, {args.mode} mode, {weights}", file=sys.stderr, flush=True)
+                print(f"everybit: {how}, {weights}", file=sys.stderr, flush=True)
                 if not args.json:
                     print(args.prompt, end="")
                 shown = True
@@ -132,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
             "new_tokens": len(generation.tokens),
             "mode": args.mode,
             "isa": runtime.isa,
-            "threads": runtime.threads,
+            "threads": None if backend else runtime.threads,
             "prepare_s": generation.prepare_s,
             "prefill_s": generation.prefill_s,
             "decode_s": generation.decode_s,

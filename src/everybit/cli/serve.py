@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from everybit.cli.device import add_device_options, backend_of
 from everybit.errors import SourceError
 
 _NEEDS = ("fastapi", "uvicorn", "httptools", "llguidance", "prometheus_client", "jinja2")
@@ -44,6 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="fast",
         help="arithmetic (default fast); default gives a request other last digits in other company",
     )
+    add_device_options(engine)
     engine.add_argument("--context", type=int, metavar="N", help="tokens a request may have (default: the model's)")
     engine.add_argument(
         "--sequences", type=int, default=8, metavar="N", help="room in the KV cache, in full contexts (default 8)"
@@ -133,12 +135,15 @@ def run(args: argparse.Namespace) -> int:
     from everybit.server.run import bind, serve
 
     fewest, most = _replicas(args)
+    backend = backend_of(args, "fast")
+    if backend and args.ray:
+        raise SourceError(f"--device {args.device} and --ray: replicas run on processors, leave one out")
     opening = Opening(
         models,
         bits=args.bits,
         plans=plans,
         threads=args.threads,
-        mode=args.mode,
+        mode="default" if backend else args.mode,
         context=args.context,
         sequences=args.sequences,
         kv_dtype=args.kv_dtype,
@@ -146,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
         queue=args.queue,
         target=Target(int(args.ttft_ms * 1e6), int(args.tpot_ms * 1e6)),
         speculate=not args.no_speculation,
+        backend=backend,
     )
     names = {"localhost", "127.0.0.1", "::1", args.host, *args.allow_host} if local or args.allow_host else set()
     hosts = {name.lower() for name in names}

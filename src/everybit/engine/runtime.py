@@ -12,8 +12,10 @@ fixed run of blocks.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,7 @@ from everybit.engine.checkpoint import Checkpoint
 from everybit.engine.models import build
 from everybit.engine.native import BLOCK_TOKENS, Native, make_step
 from everybit.engine.plan import Plan, Precision
+from everybit.engine.program import Program, Step
 from everybit.errors import ContextError, ModelError, PrecisionError
 from everybit.formats.tensors import show
 
@@ -34,10 +37,27 @@ KV_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 ISA_VARIABLE = "EVERYBIT_ISA"
 
 
+class Backend(Protocol):
+    """What runs a program: `Native` on this machine's processors, `everybit.gpu.engine.Device` on a GPU.
+
+    One step at a time; the KV cache belongs to it, and `most_tokens` is the most that a step has. `isa`: on what.
+    """
+
+    program: Program
+    most_tokens: int
+    isa: str
+
+    def prepare(self, bits: Precision) -> Any:
+        """Verify and place what `bits` needs. Raises: PrecisionError, FormatError, ChecksumError"""
+
+    def run(self, step: Step, bits: Precision = 0) -> F32:
+        """One forward pass: logits f32[R, V]. Raises: PrecisionError, FormatError, ModelError"""
+
+
 class Runtime:
     """An opened model with room for `sequences` sequences of up to `context` tokens. Make one with `Runtime.open`."""
 
-    def __init__(self, checkpoint: Checkpoint, native: Native, context: int, sequences: int, threads: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, native: Backend, context: int, sequences: int, threads: int) -> None:
         self.checkpoint = checkpoint
         self.native = native
         self.context = context
@@ -64,16 +84,21 @@ class Runtime:
         most_tokens: int = 512,
         debug: bool = False,
         verify: bool = True,
+        backend: Callable[..., Backend] | None = None,
     ) -> Runtime:
         """An overlay, or a folder of float safetensors, ready to run.
 
         `threads` 0: one per processor this process may use. `isa` None: $EVERYBIT_ISA, else the best there is.
         `context` None: the model's own. `mode` exact, default or fast: docs/design/0002. `verify=False`: no checksums.
+        `backend` None: `Native`; another is made with (program, checkpoint, kv_blocks, kv_dtype, most_tokens, debug) and
+        knows no threads, pin, isa and mode.
 
         Cost: planes are neither read nor copied; a precision is verified and its tables built at its first use. Plain
         parameters (embeddings, norms) are verified at once.
         Raises: FormatError, ModelError (architecture, option or processor), ContextError
         """
+        if backend is not None and (threads or pin or isa or mode != "default"):
+            raise ModelError("threads, pin, isa or a mode arrived for a device: they are the processor's, leave them out")
         threads = check_threads(threads)
         pin = [whole(processor, "processor", 0, 1 << 16) for processor in pin]
         sequences = whole(sequences, "sequences", 1, MOST_BLOCKS)
@@ -101,13 +126,10 @@ class Runtime:
                     f"{sequences} sequences of {context} tokens need {blocks_of(context) * sequences} KV blocks, "
                     f"expected at most {MOST_BLOCKS}: open the model with a smaller context"
                 )
-            native = Native(
+            make = backend or partial(Native, threads=threads, pin=pin, isa=isa, mode=mode)
+            native = make(
                 program,
                 checkpoint,
-                threads=threads,
-                pin=pin,
-                isa=isa,
-                mode=mode,
                 kv_blocks=blocks_of(context) * sequences,
                 kv_dtype=KV_DTYPES[kv_dtype],
                 most_tokens=min(most_tokens, max(context, sequences)),

@@ -40,11 +40,17 @@ class TiledWeight:
 
     @classmethod
     def of(
-        cls, overlay: Overlay, name: str, dtype: torch.dtype, device: torch.device | str, expert: int | None = None
+        cls,
+        overlay: Overlay,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        expert: int | None = None,
+        most_bits: int | None = None,
     ) -> TiledWeight:
         """The weight `name` with every precision that it has; of a weight [E, N, K], one expert.
 
-        `dtype` is that of the activations, F16 or BF16.
+        `dtype` is that of the activations, F16 or BF16. `most_bits`: what a model at more bits would read is left out.
         Raises: PrecisionError where a codebook has no kernel (free tables above 4 bits), ShapeError, FormatError as the
         reader does
         """
@@ -56,12 +62,13 @@ class TiledWeight:
                 f"{name} has shape {list(spec.shape)} and expert is {expert}: name one of [E, N, K], none of [N, K]"
             )
         rows = slice(None) if expert is None else slice(expert * spec.shape[1], (expert + 1) * spec.shape[1])
+        most = spec.planes if most_bits is None else spec.served_bits(most_bits)
         tables = {}
-        for b in spec.bits:
+        for b in (b for b in spec.bits if b <= most):
             overlay.table(name, b)  # refuses numbers that are not finite
             arrays = {key: a.reshape(-1, a.shape[-1])[rows] for key, a in overlay.codebook(name, b).items()}
             tables[b] = make_tables(spec.book, arrays, b, dtype).to(device)
-        stored = np.stack([plane.reshape(spec.rows, -1)[rows] for plane in overlay.planes(name, spec.planes)])
+        stored = np.stack([plane.reshape(spec.rows, -1)[rows] for plane in overlay.planes(name, most)])
         planes = tile_planes(torch.from_numpy(stored).to(device), spec.columns)
         return cls(name, planes, tables, len(stored[0]), spec.columns)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from everybit.batching.fluidity import Target
+from everybit.engine.runtime import Backend
 from everybit.server.served import Served
 
 
@@ -25,6 +27,7 @@ class Opening:
     queue: int
     target: Target
     speculate: bool
+    backend: Callable[..., Backend] | None = None
 
     def open(self) -> dict[str, Served]:
         """All or none. Raises: as Served.open"""
@@ -45,6 +48,7 @@ class Opening:
                     queue=self.queue,
                     target=self.target,
                     speculate=self.speculate,
+                    backend=self.backend,
                 )
         except BaseException:
             close(opened)

@@ -6,7 +6,7 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from everybit.batching.fluidity import Target
 from everybit.batching.precision import Auto
 from everybit.engine.generate import choose_bits
 from everybit.engine.plan import Plan, Precision, identity
-from everybit.engine.runtime import Runtime
+from everybit.engine.runtime import Backend, Runtime
 from everybit.errors import ContextError, ModelError, PrecisionError, RequestError, SourceError
 from everybit.server.grammar import Grammars
 from everybit.server.problems import Problem
@@ -69,6 +69,7 @@ class Served:
         queue: int,
         target: Target,
         speculate: bool,
+        backend: Callable[..., Backend] | None = None,
     ) -> Served:
         """Opens a folder and makes the default precision ready, of `auto` its highest; the batcher makes the others.
 
@@ -85,13 +86,15 @@ class Served:
             sequences=sequences,
             kv_dtype=kv_dtype,
             most_tokens=budget,
+            backend=backend,
         )
         try:
             batcher = Batcher(
                 runtime, budget=budget, most=min(64, budget), queue=queue, target=target, speculate=speculate
             )
             known = {key: Plan.open(path, runtime.checkpoint.overlay) for key, path in plans.items()}
-            served = cls(name, runtime, batcher, Tokenizer.open(folder), known, bits, f"{mode}-{kv_dtype}")
+            arithmetic = f"{runtime.isa if backend else mode}-{kv_dtype}"
+            served = cls(name, runtime, batcher, Tokenizer.open(folder), known, bits, arithmetic)
             highest, *others = reversed(served.needed(served.default))
             runtime.native.prepare(highest)
             batcher.prepare_later(others)
