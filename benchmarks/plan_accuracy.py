@@ -295,12 +295,13 @@ def widths(model: Model, bits: float) -> Model:
 
 
 def scaled(hardware: Hardware, bandwidth: float = 1.0, flops: float = 1.0, links: float = 1.0) -> Hardware:
+    """Of others' defects; their links have no hops, only what the caller gives as `link_s`."""
     main = replace(hardware.main_memory, bytes_per_s=hardware.main_memory.bytes_per_s * bandwidth)
     return replace(
         hardware,
         memory=(main, *hardware.memory[1:]),
         flops={name: rate * flops for name, rate in hardware.flops.items()},
-        links=tuple(replace(link, bytes_per_s=link.bytes_per_s * links) for link in hardware.links),
+        links=tuple(replace(link, bytes_per_s=link.bytes_per_s * links, latency_s=0.0) for link in hardware.links),
     )
 
 

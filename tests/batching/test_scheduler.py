@@ -410,7 +410,7 @@ def test_the_end_of_a_beginning_is_forgotten_first() -> None:
         path = blocks.path()
         path.open("key", text)
         path.grow(12)
-        path.share(text[:12])
+        path.share(text, 12)
         path.close()
         mine = [blocks.take() for _ in range(taken)]
         again = blocks.path()
@@ -430,3 +430,20 @@ def test_a_lost_block_is_noticed() -> None:
     path.own.pop()
     with pytest.raises(EverybitError, match="the scheduler lost count"):
         blocks.check([path])
+
+
+def test_blocks_are_named_in_the_order_of_the_text() -> None:
+    blocks = Blocks(12, SIZE)
+    text = list(range(24))
+    first, second = blocks.path(), blocks.path()
+    for path, used in ((first, (5, 9, 24)), (second, (7, 24))):
+        path.open("key", text if path is second else text[:1])
+        for tokens in used:
+            path.grow(tokens)
+            assert path.all == (*(node.block for node in path.nodes), *path.own)
+            path.share(text, tokens - 1)
+            assert path.all == (*(node.block for node in path.nodes), *path.own)
+    assert first.all[:5] == second.all[:5]
+    blocks.check([first, second])
+    first.close()
+    assert first.all == ()

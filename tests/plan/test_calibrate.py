@@ -8,11 +8,12 @@ import statistics
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from everybit.errors import SourceError
-from everybit.plan.calibrate import Sample, calibrate, read_calibration
+from everybit.plan.calibrate import Sample, calibrate, judge, read_calibration
 from everybit.plan.cost import Parallel
 from everybit.plan.efficiency import BOUNDS, Efficiency, prior
 from everybit.plan.hardware import read_hardware
@@ -25,19 +26,21 @@ from everybit.plan.importers import (
     read_splitwise,
 )
 from everybit.plan.model import read_model
+from everybit.plan.operators import Model
 
 H100 = read_hardware("h100-sxm")
 LLAMA = read_model("meta-llama/Meta-Llama-3-8B")
+MIXTRAL = read_model("mistralai/Mixtral-8x7B-v0.1", weight_bits=4)
 PRIOR = prior(H100, "vllm")
 TRUE = replace(PRIOR, memory=0.65, compute=0.6, layer_s=60e-6, overlap=1.2)
 
 
-def samples(true: Efficiency = TRUE, noise: float = 0.0, seed: int = 0) -> list[Sample]:
+def samples(true: Efficiency = TRUE, noise: float = 0.0, seed: int = 0, model: Model = LLAMA) -> list[Sample]:
     randomly, found = random.Random(seed), []
     for tp in (1, 2, 4):
         for clients in (1, 8, 32, 64):
             for prompt, output in ((512, 512), (4096, 256)):
-                one = Sample(LLAMA, H100, Parallel(tp), clients, prompt, output, "vllm", "1.0")
+                one = Sample(model, H100, Parallel(tp), clients, prompt, output, "vllm", "1.0")
                 made = one.predict(true)
                 noisy = (value * randomly.lognormvariate(0, noise) for value in made)
                 found.append(replace(one, **dict(zip(("ttft_s", "tpot_s"), noisy, strict=False))))
@@ -54,7 +57,7 @@ def test_a_fit_finds_what_made_the_data() -> None:
     assert error(rows, PRIOR) > 0.1
     assert error(rows, found) < 0.01
     assert found.memory == pytest.approx(0.65, rel=0.1)
-    assert found.source == "calibrated on 24 runs of H100 SXM x vllm"
+    assert found.source == "calibrated on 24 runs of H100 SXM x vllm, models without experts"
 
 
 def test_bounds_and_priors_hold() -> None:
@@ -85,11 +88,39 @@ def test_few_runs_keep_some_of_the_priors_spread() -> None:
     assert calibrate(samples(), PRIOR, draws=0).efficiency.spread < few < PRIOR.spread
 
 
+def test_models_with_experts_are_fitted_apart() -> None:
+    """Mixed rows: each family is told as well as by a fit of its own, and neither's interval by the other's errors."""
+    slow = replace(TRUE, memory=0.3, layer_s=200e-6)
+    dense, routed = samples(noise=0.02), samples(slow, noise=0.2, model=MIXTRAL)
+    alone, mixed = calibrate(dense, PRIOR, draws=0), calibrate(dense + routed, PRIOR, draws=1)
+    assert mixed.efficiency == alone.efficiency
+    assert mixed.of(LLAMA).efficiency.spread < 0.1 < mixed.of(MIXTRAL).efficiency.spread < PRIOR.routed_spread
+    assert error(routed, mixed.of(MIXTRAL).efficiency) < error(routed, PRIOR) / 2
+    assert "24 runs of H100 SXM x vllm, models with experts" in mixed.of(MIXTRAL).efficiency.source
+    assert len(mixed.of(MIXTRAL).draws) == 1
+    # What was measured on one family alone tells little of the other.
+    assert alone.of(MIXTRAL).efficiency.spread == PRIOR.routed_spread
+    assert calibrate(routed, PRIOR, draws=0).of(LLAMA).efficiency.spread == PRIOR.routed_spread
+
+
+def test_a_fit_is_never_worse_on_its_own_runs() -> None:
+    for seed in range(3):
+        rows = samples(noise=0.3, seed=seed)
+        fitted, start = (judge(rows, one) for one in (calibrate(rows, PRIOR, draws=0).efficiency, PRIOR))
+        assert fitted
+        assert start
+        assert fitted.median_error <= start.median_error
+        assert fitted.inside >= 0.85
+    assert judge([replace(one, tpot_s=None) for one in rows], PRIOR) is None
+
+
 def test_disk(tmp_path: Path) -> None:
     file = tmp_path / "h100.json"
-    made = calibrate(samples(), PRIOR, draws=2)
+    made = calibrate(samples() + samples(model=MIXTRAL), PRIOR, draws=2)
     made.save(file)
     assert read_calibration(file) == made
+    assert made.routed
+    assert [one.name for one in tmp_path.iterdir()] == ["h100.json"]
     assert made.versions == ("1.0",)
 
 
@@ -97,12 +128,15 @@ def test_disk(tmp_path: Path) -> None:
     "change",
     [
         lambda d: d.update(format="other"),
-        lambda d: d.update(version=2),
+        lambda d: d.update(version=1),
         lambda d: d.pop("draws"),
         lambda d: d["efficiency"].update(memory=7),
         lambda d: d["efficiency"].update(memory="fast"),
         lambda d: d["efficiency"].update(extra=1),
         lambda d: d["efficiency"].pop("link"),
+        lambda d: d["efficiency"].update(spread="wide"),
+        lambda d: d["efficiency"].update(routed_spread=-1),
+        lambda d: d.update(routed=[]),
     ],
 )
 def test_files_that_are_none(tmp_path: Path, change: object) -> None:
@@ -130,8 +164,13 @@ def test_samples_that_cannot_be_fitted() -> None:
 
 # --- importers
 def test_bench_results(tmp_path: Path) -> None:
-    columns = ["sent_ms", "first_ms", "end_ms", "prompt", "tokens", "error"]
-    rows = [[0, 100, 1100, 50, 11, ""], [0, 300, 1300, 70, 11, ""], [0, None, None, 70, 0, "timeout"]]
+    columns = ["sent_ms", "first_ms", "end_ms", "prompt", "tokens", "error", "scored"]
+    rows: list[list[Any]] = [
+        [0, 100, 1100, 50, 11, "", True],
+        [0, 300, 1300, 70, 11, "", True],
+        [0, None, None, 70, 0, "cut", True],
+    ]
+    rows.append([0, 9000, 9900, 50, 11, "", False])  # warm-up
     file = tmp_path / "result.json"
     file.write_text(json.dumps({"requests": {"columns": columns, "rows": rows}}))
     found = read_bench(file, LLAMA, H100, Parallel())
@@ -140,8 +179,12 @@ def test_bench_results(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(SourceError, match=r"expected the result\.json of everybit bench run"):
             read_bench(file, LLAMA, H100, Parallel())
-    file.write_text(json.dumps({"requests": {"columns": columns, "rows": rows[2:]}}))
+    file.write_text(json.dumps({"requests": {"columns": columns, "rows": rows[2:3]}}))
     with pytest.raises(SourceError, match="no complete request"):
+        read_bench(file, LLAMA, H100, Parallel())
+    rows[0][3] = None
+    file.write_text(json.dumps({"requests": {"columns": columns, "rows": rows}}))
+    with pytest.raises(SourceError, match="told no prompt tokens"):
         read_bench(file, LLAMA, H100, Parallel())
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from everybit.bench.mock.run import running
+from everybit.bench.mock.script import Script
 from everybit.cli.main import main
 
 MODEL = "meta-llama/Llama-3.1-8B"
@@ -104,6 +109,26 @@ def test_model_tells_operators_and_unknown_fields(call: Call, tmp_path: Path) ->
     assert document["unknown"] == ["frobnicate"]
 
 
+def test_model_without_a_name_lists_the_names(call: Call, fail: Call) -> None:
+    assert MODEL in call("model").splitlines()
+    assert MODEL in ask(call, "model")
+    assert "without MODEL" in fail("model", "--bits", "4")
+
+
+@pytest.mark.parametrize("command", ["model", "estimate"])
+def test_names_that_the_terminal_cannot_show(tmp_path: Path, command: str) -> None:
+    folder = tmp_path / "m\u00f6del"
+    folder.mkdir()
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "vocab_size": 100, "max_position_embeddings": 2048, "\u00fcb": 3}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    code = "import sys; from everybit.cli.main import main; sys.exit(main())"
+    args = [sys.executable, "-c", code, "plan", command, str(folder), *(() if command == "model" else ("--on", "l4"))]
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(args, env=plain, capture_output=True, check=False)
+    assert (done.returncode, b"m\\xf6del" in done.stdout + done.stderr) == (0, True), done.stderr
+
+
 def test_unknown_fields_are_told_by_every_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
               "num_attention_heads": 4, "vocab_size": 100, "max_position_embeddings": 128, "frobnicate": 3}  # fmt: skip
@@ -154,6 +179,46 @@ def test_estimate_has_intervals_money_energy_and_sources(call: Call) -> None:
     assert "vendor" in text
 
 
+def test_what_is_borrowed_is_marked_in_every_row(call: Call) -> None:
+    text = call("estimate", MODEL, "--on", "h100-sxm", "--on", "mi300x")
+    assert re.search(r"^H100 SXM .* measured +vendor$", text, re.M)
+    assert re.search(r"^MI300X .* borrowed +vendor$", text, re.M)
+    assert "MI300X itself was not measured" in text
+
+
+def test_prices_stand_with_their_source_and_date_or_with_what_there_is(call: Call) -> None:
+    args = ("estimate", MODEL, "--on", "h100-sxm", "--on", "l40s")
+    text = call(*args)
+    assert "price of H100 SXM: 2.29 $/h on-demand, a public catalogue, lowest listing, 2026-11" in text
+    assert "price of L40S: no on-demand one is known, nor another: give $/h" in text
+    assert "no reserved one is known, only on-demand (2.29 $/h, 2026-11), spot" in call(*args, "--price", "reserved")
+    assert "price: 3 $/h of one device, as given" in call(*args, "--price", 3)
+    found = ask(call, *args)
+    assert found["estimates"][0]["price"]["date"] == "2026-11"
+    assert found["estimates"][1]["price"] is None
+    assert len(found["prices"]) == 2
+
+
+def test_fp8_means_weights_and_activations(call: Call, fail: Call) -> None:
+    args = ("estimate", MODEL, "--on", "h100-sxm", "--users", 8, "--prompt", 4096)
+    eight, fp8, w8a8, w4a16 = ask(call, *args, "--bits", "8,fp8,w8a8,w4a16", "--kv-bits", "fp8")["estimates"]
+    assert [(one["weight_bits"], one["activation_bits"], one["kv_bits"]) for one in (eight, fp8, w8a8, w4a16)] == [
+        (8, 16, 8),
+        (8, 8, 8),
+        (8, 8, 8),
+        (4.125, 16, 8),
+    ]
+    assert fp8["ttft_s"]["value"] == w8a8["ttft_s"]["value"] < 0.8 * eight["ttft_s"]["value"]
+    (alone,) = ask(call, *args, "--bits", "fp8", "--activation-bits", 16, "--kv-bits", "fp8")["estimates"]
+    assert alone["tpot_s"] == eight["tpot_s"]
+    text = call(*args, "--bits", "16", "--activation-bits", "fp8")
+    assert "16 bits: 16-bit weights x 8-bit activations, 16-bit cache" in text
+    assert "differ, give one" in fail(*args, "--bits", "w8a8", "--activation-bits", 16)
+    for command in ("estimate", "roofline", "explain"):
+        said = fail(command, MODEL, "--on", "a10g", "--bits", "fp8")
+        assert said == "card A10G multiplies no fp8: pass --bits w8a16 (weights alone), or w8a8 for its int8"
+
+
 def test_estimate_keeps_what_fits_and_says_why_the_rest_does_not(call: Call) -> None:
     text = call("estimate", "meta-llama/Llama-3.1-70B", "--on", "l4", "--on", "mi325x")
     assert re.search(r"^L4, 16 bits \(own\): .*weights 141", text, re.M)
@@ -182,10 +247,22 @@ def test_roofline_draws_each_operator(call: Call, tmp_path: Path) -> None:
 
 
 def test_explain_names_what_binds_and_a_better_one(call: Call) -> None:
-    text = call("explain", MODEL, "--on", "a10g", "--users", 20, "--slo", "ttft=1s,tpot=50ms")
+    args = ("explain", MODEL, "--on", "a10g", "--users", 20, "--slo", "ttft=1s,tpot=50ms")
+    text = call(*args)
     assert "decode: 7" in text
+    assert re.search(r"^TTFT \d+\.\d ms keeps the limit of 1000\.0 ms, with \d+% of it free$", text, re.M)
     assert "TPOT 62.9 ms misses the limit of 50.0 ms" in text
-    assert "better: " in text
+    assert "the limits are kept up to 11 clients" in text
+    assert "better: 4.5 bits a weight: " in text
+    assert "AWS and others, as the paper lists them, 2024-04" in text
+    assert "better: on H100 SXM: " in call(*args, "--on", "h100-sxm", "--price", 1)
+    found = ask(call, *args)
+    assert found["estimate"]["concurrency"] == 20
+    assert found["lines"] == text.splitlines()
+
+
+def test_an_slo_that_http_alone_breaks_says_so(fail: Call) -> None:
+    assert "mostly HTTP and tokenizing" in fail("explain", MODEL, "--on", "h100-sxm", "--slo", "ttft=20ms")
 
 
 def test_an_impossible_slo_names_the_limit_and_one_that_works(call: Call, fail: Call) -> None:
@@ -204,7 +281,7 @@ def test_simulate_chooses_precision_only_where_several_are_given(call: Call) -> 
     free = ask(call, *base, "--bits", "everybit3-8")["expected"]
     assert fixed["precision"]["mean_bits"] == 8
     assert 3 <= free["precision"]["mean_bits"] < 8
-    assert ask(call, *base, "--bits", "fp8")["expected"]["precision"] is None
+    assert ask(call, *base, "--bits", "int8")["expected"]["precision"] is None
     assert free["goodput"]["share"] > fixed["goodput"]["share"]
     assert free["bill"]["usd_per_h"] == pytest.approx(1.01)
 
@@ -246,7 +323,7 @@ def test_fleet_is_melange_s_in_both_modes(call: Call, tmp_path: Path) -> None:
 
 
 def test_fleet_estimates_rates_and_verifies_them(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("everybit.cli.plan.fleet_types._REQUESTS", 100)
+    monkeypatch.setattr("everybit.plan.fleet_checks.REQUESTS", 100)
     spec = tmp_path / "spec.toml"
     spec.write_text(SERVICE.replace("output = 100", "output = 25"))
     found = ask(call, "fleet", spec, "--verify", "--brief")
@@ -303,6 +380,26 @@ def test_calibrate_then_estimate(call: Call, fail: Call, tmp_path: Path) -> None
     assert "without --model" in fail(*fit[:6], "-o", file)
 
 
+def test_calibrate_from_a_folder_of_everybit_bench(
+    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measured over HTTP on a mock, twice as slow as the prior; a busy machine is slower still."""
+    folder, file = tmp_path / "run", tmp_path / "c.json"
+    load = ("--users", "2", "--requests", "8", "--prompt", "64", "--output-tokens", "16", "--warmup", "0")
+    with running(Script(ttft_ms=60, gap_ms=16)) as url:
+        assert main(["bench", "run", url, *load, "--quiet", "-o", str(folder)]) == 0
+    capsys.readouterr()
+    fit = ("calibrate", folder, "--on", "h100-sxm", "--engine", "vllm", "--model", MODEL, "--draws", 1, "-o", file)
+    found = ask(call, *fit)
+    (family,) = found["families"]
+    assert (family["runs"], found["calibration"]["samples"]) == (1, 1)
+    assert family["fitted"]["median_error"] < family["prior"]["median_error"]
+    args = ("estimate", MODEL, "--on", "h100-sxm", "--engine", "vllm", "--users", 2, "--prompt", 64, "--output", 16)
+    before, after = (ask(call, *args, *more)["estimates"][0] for more in ((), ("--calibration", file)))
+    assert (before["known"], after["known"]) == ("measured", "calibrated")
+    assert before["tpot_s"]["value"] < after["tpot_s"]["value"]  # 8 ms, and 16 on the mock
+
+
 def test_calibrate_takes_the_rows_of_one_card(call: Call, shared_data: Path, tmp_path: Path) -> None:
     table = shared_data / "planner" / "splitwise_llama2_70b.csv"
     args = ("calibrate", table, "--on", "h100-sxm", "--engine", "vllm", "--draws", 1, "-o", tmp_path / "c.json")
@@ -341,7 +438,9 @@ def test_finetune_fits_costs_and_leaves_out_what_is_unknown(call: Call, fail: Ca
         ("estimate meta-llama/Llama-3.1-405B --on all", "none of 29 is possible; on the largest"),
         ("memory meta-llama/Llama-3.1-405B --on l4", "GB of each device; nearest that fits"),
         (f"roofline {MODEL} --on l4 --bits 4,8", "this command takes one width"),
-        (f"explain {MODEL} --on l4 --on t4", "this command takes one card"),
+        (f"explain {MODEL} --on all", "explain is of one card, the first --on"),
+        (f"roofline {MODEL} --on l4 --on t4", "this command takes one card"),
+        (f"estimate {MODEL} --on l4 --kv-bits fp9", "expected a number or one of fp8, int8"),
         (f"explain {MODEL} --on l4 --slo e2e=1s", "explain knows ttft and tpot"),
         (f"simulate {MODEL} --on l4", "expected one load"),
         (f"simulate {MODEL} --on l4 --rate 1 --users 2", "expected one load"),

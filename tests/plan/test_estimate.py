@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import itertools
 import time
+import tomllib
 from dataclasses import replace
+from importlib.resources import files
 
 import pytest
 
 from everybit.errors import SourceError
 from everybit.plan.calibrate import Calibration
 from everybit.plan.cost import Cost, Parallel
-from everybit.plan.efficiency import prior
+from everybit.plan.efficiency import group_of, prior
 from everybit.plan.estimate import estimate, roofline, with_bits
 from everybit.plan.explain import explain
-from everybit.plan.hardware import read_hardware
+from everybit.plan.hardware import cards, read_hardware
 from everybit.plan.model import read_model
-from everybit.plan.power import Interval
+from everybit.plan.operators import Model
+from everybit.plan.power import Interval, power_of
+from everybit.plan.service import compile_service
 from everybit.plan.speculation import Speculation
 from everybit.plan.step import Step
 
@@ -101,7 +105,11 @@ def test_prices_power_and_carbon() -> None:
     assert found.gco2e_per_token.value == pytest.approx(found.joules_per_token.value / 3.6e6 * 1.2 * 400)
     # One stream reads at full bandwidth: its power is between idle and the cap.
     assert 0.25 * 700 < found.joules_per_token.value * found.tokens_per_s.value < 700
-    assert estimate(LLAMA, H100, price="reserved").usd_per_mtok is None
+    spot = estimate(LLAMA, H100, price="spot").price
+    assert spot
+    assert (spot.usd_per_h, spot.kind, spot.date) == (0.8, "spot", "2026-11")
+    none = estimate(LLAMA, H100, price="reserved")
+    assert (none.price, none.usd_per_mtok) == (None, None)
     assert estimate(LLAMA, H100, price=0.0).usd_per_mtok == Interval(0, 0, 0)
     with pytest.raises(SourceError, match="a price of -1"):
         estimate(LLAMA, H100, price=-1)
@@ -138,19 +146,98 @@ def test_roofline_points_lie_under_the_roof() -> None:
     assert next(one for one in found.decode if one.name == "up").bound == "reading weights"
 
 
+def test_what_a_first_token_waits_for() -> None:
+    """Before its prompt can run, for its prompt, for others' prompts, for room: together they are the TTFT."""
+    efficiency = prior(H100)
+    service = compile_service(LLAMA, H100, Parallel(), concurrency=400, prompt=7000, output=1000, ahead=0.5)
+    parts = service.first(efficiency)
+    assert parts["HTTP and tokenizing"] == efficiency.first_s
+    assert sum(parts.values()) == pytest.approx(service.latency(efficiency).ttft_s)
+    assert estimate(LLAMA, H100, prompt=16).binding["first token"][0] == "HTTP and tokenizing"
+    assert estimate(LLAMA, H100, prompt=7000).binding["first token"][0] == "its prompt"
+    assert estimate(LLAMA, H100, concurrency=400, prompt=7000).binding["first token"][0] == "room in memory"
+
+
 def test_explain_names_what_binds_and_the_next_best() -> None:
     lines = explain(LLAMA, H100, concurrency=8)
     assert any(line.startswith("decode: ") and line.endswith("reading weights") for line in lines)
-    assert any(line.startswith("better: 16 clients") for line in lines)
-    assert lines[-1].startswith("efficiencies: prior of gpu-fp8")
+    assert any(line.startswith("first token: ") for line in lines)
+    assert any(line.startswith("better: 4.5 bits a weight") for line in lines)
+    assert lines[-1].startswith("efficiencies (measured): prior of gpu-fp8")
+
+
+def test_explain_of_limits_that_are_kept() -> None:
+    lines = explain(LLAMA, H100, concurrency=8, most_tpot_s=0.02)
+    assert any(line.startswith("TPOT 8.4 ms keeps the limit of 20.0 ms, with 58% of it free") for line in lines)
+    (most,) = (int(line.split()[6]) for line in lines if line.startswith("the limits are kept up to"))
+    at, beyond = (estimate(LLAMA, H100, concurrency=n).tpot_s.value for n in (most, most + 1))
+    assert at <= 0.02 < beyond
 
 
 def test_explain_of_limits_that_are_missed() -> None:
+    """Alternatives serve the same 64 clients; fewer of them are only told as how far the limits are kept."""
     lines = explain(LLAMA, H100, concurrency=64, most_tpot_s=0.012)
     assert any("TPOT" in line and "misses the limit of 12.0 ms" in line for line in lines)
-    assert any(line.startswith("better: ") for line in lines)
+    (better,) = (line for line in lines if line.startswith("better: "))
+    assert better.startswith("better: tp 2: ")
+    assert f"{estimate(LLAMA, H100, concurrency=64, parallel=Parallel(2)).tokens_per_s.value:.0f} tokens/s" in better
     impossible = explain(LLAMA, H100, concurrency=64, most_tpot_s=1e-4)
-    assert any(line.startswith("no neighbour keeps the limits; nearest: ") for line in impossible)
+    assert any(line.startswith("no alternative keeps the limits; nearest: ") for line in impossible)
+    assert "one client alone misses the limits" in impossible
+
+
+def test_explain_of_other_cards_says_that_less_is_known_of_them() -> None:
+    four = read_model("meta-llama/Meta-Llama-3-8B", weight_bits=4)
+    lines = explain(four, H100, concurrency=64, others=[read_hardware("mi300x")], price=1.0)
+    (line,) = (line for line in lines if line.startswith("better: "))
+    assert line.startswith("better: on MI300X: ")
+    assert line.endswith("(efficiencies borrowed, figures vendor)")
+    unpriced = explain(four, H100, concurrency=64, others=[read_hardware("mi300x")])
+    assert not any("MI300X" in line for line in unpriced)  # nobody knows that it is cheaper
+
+
+def test_unmeasured_cards_have_wider_intervals() -> None:
+    def ratio(card: str, model: Model = LLAMA) -> float:
+        found = estimate(model, read_hardware(card))
+        return found.tpot_s.high / found.tpot_s.value
+
+    assert ratio("h100-sxm") < ratio("l40s") < ratio("mi300x")
+    assert ratio("a100-40-sxm") < ratio("a10g")
+    mixtral = read_model("mistralai/Mixtral-8x7B-v0.1", weight_bits=4)
+    assert ratio("h200-sxm", mixtral) > ratio("mi300x")
+    assert ratio("mi300x", mixtral) > ratio("h200-sxm", mixtral)
+    found = estimate(mixtral, read_hardware("mi300x"))
+    assert "dense models" in found.source
+    assert "MI300X itself was not measured" in found.source
+    assert "experts widen the spread of logs from 0.45 to 0.6" in found.source
+    assert [estimate(LLAMA, read_hardware(one)).known for one in ("h200-sxm", "l4", "xeon-8480-plus")] == [
+        "measured",
+        "borrowed",
+        "assumed",
+    ]
+
+
+def test_every_name_in_the_priors_is_a_card() -> None:
+    """A name that no card has would leave its card among those of which nothing is known."""
+    shipped = tomllib.loads((files("everybit.plan") / "priors.toml").read_text("utf-8"))
+    known = {read_hardware(one).name: group_of(read_hardware(one)) for one in cards()}
+    for group, values in shipped["groups"].items():
+        for name in (*values.get("measured_on", ()), *values.get("related", ())):
+            assert known[name] == group
+
+
+def test_idle_groups_draw_their_idle_watts() -> None:
+    one, four = (estimate(LLAMA, H100, concurrency=2, parallel=Parallel(dp=dp)) for dp in (2, 4))
+    assert one.joules_per_token
+    assert four.joules_per_token
+    idle_w = power_of(H100).idle_w
+    assert four.joules_per_token.value - one.joules_per_token.value == pytest.approx(
+        2 * idle_w / four.tokens_per_s.value
+    )
+    lone, staged = (estimate(LLAMA, H100, parallel=Parallel(pp=pp)).joules_per_token for pp in (1, 2))
+    assert lone
+    assert staged
+    assert staged.value > lone.value  # the other stage waits for the one batch
 
 
 def test_with_bits_leaves_the_head() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from everybit.cli.main import main
 from everybit.errors import ModelError, SourceError
 from everybit.plan.finetune import Devices, finetune
 from everybit.plan.finetune_memory import (
@@ -17,8 +21,10 @@ from everybit.plan.finetune_memory import (
     state_parts,
     trained_weights,
 )
-from everybit.plan.finetune_moe import MoeLaw, MoeRun, fit_moe_law
+from everybit.plan.finetune_moe import MoeLaw, MoeRun, fit_moe_law, read_moe_runs, sparsity_of
+from everybit.plan.model import read_model
 from everybit.plan.operators import Attention, Experts, Layer, Linear, Model
+from tests.plan.test_model import BASE, COUNTED, MOE
 
 
 def make(
@@ -76,8 +82,51 @@ def test_a_window_bounds_the_scores() -> None:
     assert saved == 32 * 5 * 32 * 2048 * (2048 - 512)
 
 
-def test_lora_trains_the_usual_number_of_weights() -> None:
-    assert trained_weights(LLAMA2, "lora", 16) == 39_976_960  # as peft counts it, rank 16 on all 7 linears
+LORA = Recipe("lora", 512)
+# Rank 16, "all-linear". Phi-3 has qkv and gate_up fused, Llama has not; of Mixtral only attention has linear modules.
+USUAL = {
+    "meta-llama/Llama-2-7b-hf": 39_976_960,
+    "meta-llama/Meta-Llama-3-8B": 41_943_040,
+    "microsoft/Phi-3-mini-4k-instruct": 25_165_824,
+    "mistralai/Mixtral-8x7B-v0.1": 13_631_488,
+}
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_lora_trains_the_usual_number_of_weights(name: str) -> None:
+    assert trained_weights(read_model(name), LORA) == USUAL[name]
+
+
+# Beside llama, those that fuse or that keep what others call linears in bare parameters.
+TREES: list[tuple[str, dict[str, Any]]] = [
+    *((family, config) for family, config, _ in COUNTED),
+    ("phi3", {**BASE, "pad_token_id": 0}),
+    ("glm4", {**BASE, "head_dim": 16, "pad_token_id": 0}),
+    ("gpt_neox", {**BASE, "num_key_value_heads": 4}),
+    ("bloom", {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 200, "seq_length": 128}),
+    ("mpt", {"d_model": 64, "n_layers": 3, "n_heads": 4, "vocab_size": 200, "max_seq_len": 128}),
+    ("phimoe", {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    ("glm4_moe", {**BASE, **MOE, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}),
+]
+
+
+@pytest.mark.parametrize(("family", "config"), TREES, ids=[one[0] for one in TREES])
+def test_adapters_are_those_of_all_linear(family: str, config: dict[str, Any]) -> None:
+    """PEFT takes each Linear, and GPT-2's Conv1D, of the tree but the output head."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    kinds = torch.nn.Linear, transformers.pytorch_utils.Conv1D
+    with torch.device("meta"):
+        tree = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **config))
+    adapted = [one for one in tree.modules() if isinstance(one, kinds) and one is not tree.get_output_embeddings()]
+    assert adapted
+    found = trained_weights(read_model({"model_type": family, **config}), replace(LORA, rank=4))
+    assert found == 4 * sum(sum(one.weight.shape) for one in adapted)
+
+
+def test_experts_are_adapted_where_asked() -> None:
+    mixtral = read_model("mistralai/Mixtral-8x7B-v0.1")
+    both = trained_weights(mixtral, replace(LORA, experts=True))
+    assert both - trained_weights(mixtral, LORA) == 32 * 8 * 16 * ((2 * 14336 + 4096) + (4096 + 14336))
 
 
 def test_qlora_trains_65b_on_48_gb() -> None:
@@ -170,6 +219,22 @@ def test_the_network_binds_when_it_is_slow() -> None:
     assert earlier.step_s == pytest.approx(4 * LLAMA2.parameters * 7 / 8 / 1e9)
 
 
+def test_collectives_take_hops_and_bytes() -> None:
+    """Alpha-beta: a ring of n devices takes n - 1 hops to gather or to reduce, here once for each of 32 layers."""
+    card = Devices(memory_bytes=1e12, flops=312e12, count=8, network_bytes_per_s=50e9, network_latency_s=5e-6)
+    moved = 2 * LLAMA2.parameters * 7 / 8 / 50e9  # all weights, or all gradients
+
+    def network_s(**values: Any) -> float | None:
+        return finetune(LLAMA2, replace(Recipe("full", 512, batch=1), **values), card, 1e6).network_s
+
+    assert network_s() == pytest.approx(2 * moved + 2 * 32 * 7 * 5e-6)
+    assert network_s(zero=2, accumulate=4) == pytest.approx(5 * moved + 5 * 32 * 7 * 5e-6)
+    assert network_s(zero=3, accumulate=4) == pytest.approx(12 * moved + 12 * 32 * 7 * 5e-6)
+    adapters = 2 * trained_weights(LLAMA2, LORA) * 7 / 8 / 50e9
+    assert network_s(method="lora") == pytest.approx(2 * adapters + 2 * 32 * 7 * 5e-6)
+    assert finetune(LLAMA2, LORA, A100, 1e6).network_s == 0
+
+
 def test_offload_makes_room_and_takes_time() -> None:
     host = Offload(bytes=200e9, bytes_per_s=50e9, link_bytes_per_s=25e9)
     recipe = Recipe("full", 1024, batch=1, recompute="full", offload=host)
@@ -213,7 +278,60 @@ def test_the_moe_law_is_found_again() -> None:
     assert (found.c0, found.c1) == pytest.approx((2.5e-6, 0.8), rel=2e-3)  # batches are whole
     assert found.batch(80e9, 24e9, 128, 0.25) == pytest.approx(2734, abs=3)
     assert found.batch(20e9, 24e9, 128, 0.25) == 0
-    assert law.usd(2e6, 16, 0.25, 2.0) == pytest.approx(2e6 / law.queries_per_s(16, 0.25) / 3600 * 2)
+
+
+def test_the_law_stands_in_for_parts_and_mfu() -> None:
+    law, card = MoeLaw(c0=2.5e-6, c1=0.8, c2=0.9, c3=1.0, c4=0.3), replace(A100, usd_per_h=2.0)
+    found = finetune(MIXTRAL, Recipe("qlora", 128), card, 128 * 2e6, law)
+    assert sparsity_of(MIXTRAL) == 0.25
+    assert found.batch == law.batch(80e9, found.parts.weights, 128, 0.25)
+    assert found.parts.total <= 80e9 < found.parts.total + law.sequence_bytes(128, 0.25)
+    assert found.usd == pytest.approx(2e6 / law.queries_per_s(found.batch, 0.25) / 3600 * 2, rel=2e-3)
+    many = finetune(MIXTRAL, Recipe("qlora", 128, batch=found.batch + 1), card, 1e6, law)
+    assert many.nearest == Recipe("qlora", 128, batch=1)
+    two = replace(card, count=2, network_bytes_per_s=1e5)
+    assert finetune(MIXTRAL, Recipe("qlora", 128), two, 1e6, law).bound == "network"
+    with pytest.raises(SourceError, match="leave out ZeRO"):
+        finetune(MIXTRAL, Recipe("qlora", 128, zero=1), card, 1e6, law)
+    with pytest.raises(ModelError, match="has no experts"):
+        finetune(LLAMA2, Recipe("qlora", 128), card, 1e6, law)
+
+
+RUNS = """memory_bytes,model_bytes,sequence,sparsity,batch,queries_per_s
+48e9,24e9,128,0.25,8,7.8
+48e9,24e9,128,1,2,0.9
+80e9,24e9,128,0.25,20,11.1
+"""
+
+
+def test_the_command_takes_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = tmp_path / "runs.csv"
+    runs.write_text(RUNS)
+    line = "plan finetune mistralai/Mixtral-8x7B-v0.1 --on h100-sxm --method qlora --tokens 1e6 --sequence"
+    base = line.split()
+    assert main([*base, "128", "--moe-runs", str(runs), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["cost"]
+    law = fit_moe_law(read_moe_runs(runs))
+    assert found["tokens_per_s"] == pytest.approx(128 * law.queries_per_s(found["batch"], 0.25))
+    assert main([*base, "128", "--moe-runs", str(runs)]) == 0
+    assert "rests on: the law fitted to" in capsys.readouterr().out
+    for words, said in (
+        (["128", "--mfu", "0.3"], "--mfu and --moe-runs were given"),
+        (["4096"], "the runs of --moe-runs have 128 to 128 tokens"),
+    ):
+        assert main([*base, *words, "--moe-runs", str(runs)]) == 2
+        assert said in capsys.readouterr().err
+    for text, said in (
+        ("a,b\n", "no column batch, expected memory_bytes"),
+        (RUNS + "1,2,x\n", "not a table of numbers"),
+        (RUNS + "1,2\n", "not a table of numbers"),
+        (RUNS + "80e9,24e9,inf,0.25,20,11\n", "not a table of numbers"),
+    ):
+        runs.write_text(text)
+        assert main([*base, "128", "--moe-runs", str(runs)]) == 2
+        assert said in (error := capsys.readouterr().err)
+        assert error.count("\n") == 1
+    assert main([*base, "128", "--moe-runs", str(tmp_path / "none.csv")]) == 2
 
 
 def test_the_moe_law_needs_runs_that_differ() -> None:
@@ -226,6 +344,8 @@ def test_the_moe_law_needs_runs_that_differ() -> None:
         fit_moe_law([run, replace(run, sparsity=1.0, model_bytes=50e9)])
     with pytest.raises(SourceError, match="sparsity is 4"):
         MoeLaw(1, 1, 1, 1, 1).queries_per_s(2, 4)
+    with pytest.raises(SourceError, match="-1 bytes a sequence at sparsity"):
+        MoeLaw(1, 4, 1, 1, 1).sequence_bytes(1, 0.5)
 
 
 # --- bad input
@@ -238,6 +358,10 @@ def test_the_moe_law_needs_runs_that_differ() -> None:
         (Recipe("full", 512, zero=4), A100, "zero is 4"),
         (Recipe("full", 0), A100, "sequence is 0"),
         (Recipe("full", 512, base_bits=4), A100, "no frozen weights"),
+        (Recipe("lora", 512, base_bits=400), A100, "base_bits is 400: give at most 64"),
+        (Recipe("lora", 512, rank=4097), A100, "rank is 4097: give at most 4096, the hidden size of 'llama-2-7b'"),
+        (Recipe("lora", 512, experts=True), A100, "adapters beside experts were asked"),
+        (Recipe("lora", 512), replace(A100, network_latency_s=-1), "network_latency_s is -1"),
         (Recipe("lora", 512), replace(A100, mfu=40), "parts of 1"),
         (Recipe("lora", 512), replace(A100, usd_per_h=-1), "usd_per_h is -1"),
         (Recipe("lora", 512), replace(A100, flops=float("nan")), "flops is nan"),

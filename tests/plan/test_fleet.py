@@ -149,8 +149,42 @@ def test_power_counts_peaks_unless_oversubscribed() -> None:
         plan_fleet(DEMAND, TYPES, two)
     fleet = plan_fleet(DEMAND, TYPES, replace(two, oversubscribed=True))
     assert (fleet.counts, fleet.power_w, fleet.peak_w) == ({"a100-bf16": 2}, 600, 800)
+    bare = (replace(A10G, capped_w=100), replace(A100, capped_w=None))
     with pytest.raises(SourceError, match="power_w"):  # a card without a cap may draw its peak
-        plan_fleet(DEMAND, (A10G, replace(A100, capped_w=None)), replace(two, oversubscribed=True))
+        plan_fleet(DEMAND, bare, replace(two, oversubscribed=True))
+    with pytest.raises(SourceError, match="no replica type has one"):
+        plan_fleet(DEMAND, [replace(one, capped_w=None) for one in TYPES], Limits(oversubscribed=True))
+
+
+def test_power_and_carbon_grow_with_the_load() -> None:
+    types = (replace(A10G, rates=(5.0,), base_w=50), replace(A100, rates=(20.0,), base_w=100, usd_per_h=5.0))
+    fleet = plan_fleet([Bucket(1, 1, 6.0)], types)
+    assert fleet.counts == {"a10g-bf16": 2}
+    assert fleet.power_w == pytest.approx(2 * 50 + 6 / 5 * (150 - 50))
+    assert fleet.gco2_per_h == pytest.approx(60 * fleet.power_w / 150)
+    assert fleet.peak_w == 400
+
+
+def test_limits_of_power_and_carbon_are_those_of_the_load() -> None:
+    """Two A10G at loads of 0.6 emit 88 g/h, where both at work would emit 120."""
+    demand, types = [Bucket(1, 1, 6.0)], [replace(A10G, rates=(5.0,), base_w=50, capped_w=80)]
+    assert plan_fleet(demand, types, Limits(gco2_per_h=89)).counts == {"a10g-bf16": 2}
+    with pytest.raises(SourceError, match=r"the nearest that works is gco2_per_h = 88$"):
+        plan_fleet(demand, types, Limits(gco2_per_h=87))
+    assert plan_fleet(demand, types, Limits(power_w=221, oversubscribed=True)).power_w == pytest.approx(220)
+    with pytest.raises(SourceError, match=r"the nearest that works is power_w = 220$"):
+        plan_fleet(demand, types, Limits(power_w=219, oversubscribed=True))
+
+
+def test_carbon_with_a_price_goes_where_it_is_least() -> None:
+    """Both types are needed; the bill counts what each emits at its load, and spreading does not undo the choice."""
+    clean = replace(A100, usd_per_h=1.0, rates=(10.0,), power_w=300, base_w=0, gco2_per_h=100)
+    dirty = replace(A10G, usd_per_h=1.0, rates=(10.0,), power_w=150, base_w=0, gco2_per_h=2000)
+    limits = Limits(co2_usd_per_t=1000, quotas={"a100": 1})
+    fleet = plan_fleet([Bucket(1, 1, 11.0)], (clean, dirty), limits)
+    assert fleet.loads == pytest.approx({"a100-bf16": 1.0, "a10g-bf16": 0.1}, abs=1e-3)
+    assert fleet.co2_usd_per_h == pytest.approx(0.1 + 0.2, rel=2e-3)
+    assert fleet.bound_usd_per_h <= fleet.cost_usd_per_h <= 2.3 * 1.0002
 
 
 def test_carbon_has_a_cap_and_a_price() -> None:
@@ -250,7 +284,7 @@ def test_a_number_says_how_much_to_tighten() -> None:
 
 
 def test_a_simulation_that_never_holds_is_told() -> None:
-    with pytest.raises(SourceError, match=r"no fleet held in 3 simulations down to utilisation 0\.81"):
+    with pytest.raises(SourceError, match=r"no fleet held in 3 rounds down to utilisation 0\.81"):
         plan_fleet(DEMAND, TYPES, verify=lambda _: False, rounds=3)
 
 
@@ -266,6 +300,8 @@ def test_a_simulation_that_never_holds_is_told() -> None:
         (DEMAND, (replace(A10G, usd_per_h=-1.0), A100), Limits(), "usd_per_h = -1.0"),
         (DEMAND, (replace(A10G, rates=(1.0, -1.0)), A100), Limits(), "rate below 0"),
         (DEMAND, (replace(A10G, power_w=300), A100), Limits(), "neither may pass 200 W"),
+        (DEMAND, (replace(A10G, base_w=151), A100), Limits(), "draws 151 W without load, 150 W with"),
+        (DEMAND, (replace(A10G, interruptions_per_h=1000), A100), Limits(), "is taken 1000 times an hour"),
         (DEMAND, TYPES, Limits(utilisation=80), "utilisation is 80"),
         (DEMAND, TYPES, Limits(on_demand_share=50), "on_demand_share is 50"),
         (DEMAND, TYPES, Limits(quotas={"a100": -1}), "quota of a100 is -1"),

@@ -125,7 +125,13 @@ def test_a_name_that_is_not_there_names_the_near_ones() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("tdp_w = 700", "tdp_w = 700000", "tdp_w is 700000, expected watts of one device, not mW"),
+        ("tdp_w = 700", "tdp_w = 700000", "tdp_w is 700000, expected watts of one device; mW[?] then write 700"),
+        ("tdp_w = 700", "tdp_w = 0.7", "tdp_w is 0.7, expected watts of one device; kW[?] then write 700"),
+        ("tdp_w = 700", "tdp_w = 5600", "tdp_w is 5600, expected watts of one device"),
+        ("tdp_w = 700", "tdp_w = 0x" + "f" * 6000, "tdp_w is a number of thousands of digits, expected a number"),
+        ("tdp_w = 700", "tdp_w = " + "9" * 6000, "not TOML"),
+        ("tdp_w = 700", "spot_interruptions_per_h = 5", "is 5, expected interruptions .* is it a percentage[?]"),
+        ('name = "Mine"', 'name = "Mi\\nne"', "expected a name that can be printed"),
         ("tdp_w = 700", "tdp_w = 700\nidle_w = 800", "idle_w 800 is not below tdp_w 700"),
         ("tdp_w = 700", "tdp = 700", "unknown tdp; expected some of name, kind"),
         ("tdp_w = 700", 'tdp_w = "700 W"', "tdp_w is '700 W', expected a number"),
@@ -143,10 +149,20 @@ def test_a_name_that_is_not_there_names_the_near_ones() -> None:
         ("bytes_per_s = 3.35e12", f"bytes_per_s = {3350 * 2**30}", "3350 GiB/s: vendors mean 3350e9 by GB/s"),
         ("bytes_per_s = 3.35e12", "", "memory 1: bytes_per_s is missing"),
         ("devices = 8", "devices = 8\nlatency_s = 5", "latency_s is 5, expected seconds, as 5e-6"),
+        (
+            "= 450e9",
+            "= 3600e9",
+            "expected 1e.10 to 2e.12 bytes/s of one device in one dir.*; bits/s[?] then write 4.5e.11",
+        ),
+        ("= 450e9", "= 450e7", "links.nvlink.bytes_per_s is 4500000000.0, expected 1e.10 to 2e.12 bytes/s"),
         ("devices = 8", "devices = 0", "devices is 0"),
         ("devices = 8", "devices = 8.5", "devices is 8.5, expected a whole number"),
         ("usd_per_h = 2.5", "usd_per_h = -2.5", "on-demand price is -2.5"),
-        ("usd_per_h = 2.5", "usd_per_h = 30000", "on-demand price is 30000"),
+        (
+            "usd_per_h = 2.5",
+            "usd_per_h = 229",
+            "price is 229, expected [$] an hour of one device, 0 to 50: .*whole node",
+        ),
         ('"2026-11-01"', '"November"', "date of a price is 'November'"),
         ('default = { kind = "vendor"', 'default = { kind = "rumour"', "provenance default 'rumour'"),
         ("default =", "tdp_w =", "flops.fp32 has no provenance"),
@@ -160,6 +176,32 @@ def test_a_wrong_card_is_refused_in_one_line(tmp_path: Path, old: str, new: str,
     with pytest.raises(SourceError, match=message) as caught:
         read(tmp_path, CARD.replace(old, new, 1))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "link", "bytes_per_s", "fits"),
+    [
+        ("gpu", "infiniband", "400e9", False),
+        ("gpu", "infiniband", "50e9", True),
+        ("gpu", "pcie", "512e9", False),
+        ("gpu", "ethernet", "525e9", False),
+        ("accelerator", "ethernet", "525e9", True),
+        ("accelerator", "ici", "4800e9", False),
+        ("cpu", "upi", "384e9", False),
+    ],
+)
+def test_links_of_each_kind_have_bounds(tmp_path: Path, kind: str, link: str, bytes_per_s: str, fits: bool) -> None:
+    text = CARD.replace('"gpu"', f'"{kind}"').replace('"nvlink"', f'"{link}"').replace("450e9", bytes_per_s)
+    if fits:
+        assert read(tmp_path, text).link(8).bytes_per_s == float(bytes_per_s)
+        return
+    with pytest.raises(SourceError, match=r"bits/s\? then write"):
+        read(tmp_path, text)
+
+
+def test_small_accelerators_may_draw_less_than_a_gpu(tmp_path: Path) -> None:
+    text = CARD.replace("tdp_w = 700", "tdp_w = 0.7").replace('"gpu"', '"accelerator"')
+    assert read(tmp_path, text).tdp_w == 0.7
 
 
 def test_a_replaced_value_is_checked_too() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from everybit.errors import SourceError
+from everybit.errors import EverybitError, SourceError
 from everybit.plan.cost import Parallel
 from everybit.plan.hardware import read_hardware
 from everybit.plan.memory import device_cache, device_weights, fit
@@ -93,3 +94,32 @@ def test_encoders_are_limited_by_their_steps() -> None:
 def test_bad_contexts() -> None:
     with pytest.raises(SourceError, match="a context of 0 tokens arrived"):
         fit(read_model("meta-llama/Meta-Llama-3-8B"), H100, context=0)
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "vocab_size": 200,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 0}, {"hidden_size": -64}, {"hidden_size": 10**400}, {"vocab_size": "200"},
+        {"num_attention_heads": None}, {"num_key_value_heads": 0}, {"head_dim": float("inf")}, {"sliding_window": 0},
+        {"max_position_embeddings": 10**12}, {"text_config": {"text_config": {}}}, {"text_config": [1]},
+        {"layer_types": [None] * 6}, {"num_experts": 8}, {"num_experts": 8, "num_experts_per_tok": 0},
+        {"moe_layers": [[1], {}], "num_experts": 8, "num_experts_per_tok": 1}, {"dtype": {"a": 1}},
+        {"quantization_config": {"quant_method": ["x"]}}, {"is_encoder_decoder": True}, {"_name_or_path": "a\nb" * 999},
+        {"model_type": "nemotron_h", "hybrid_override_pattern": "EEEEEE"}, {"tie_word_embeddings": "yes"},
+        {"hidden_size": 10**6, "num_attention_heads": 10**4, "num_hidden_layers": 10**4, "vocab_size": 10**6,
+         "intermediate_size": 10**6, "max_position_embeddings": 10**9},
+        {"hidden_size": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 1},
+    ],
+)  # fmt: skip
+def test_hostile_configs_are_told_in_one_line(change: dict[str, Any]) -> None:
+    said = ""
+    try:
+        said = fit(read_model({**LLAMA, **change}), H100, Parallel(tp=2)).why
+    except EverybitError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert len(said) < 500

@@ -334,11 +334,31 @@ def test_the_language_model_of_a_vision_model_is_taken() -> None:
 
 def test_unknown_fields_are_listed() -> None:
     config = {**BASE, "model_type": "newfangled", "bos_token_id": 1, "attention_dropout": 0.1, "rope_theta": 1e4,
-              "extra_layers": 3, "num_nextn_predict_layers": 1, "unused_switch": False}  # fmt: skip
+              "extra_layers": 3, "num_nextn_predict_layers": 1, "unused_switch": False, "moe_layers": [1, 3],
+              "a\nb": 1, "c\n_config": {"d": 1}}  # fmt: skip
     assert read_model(config).unknown == (
-        "model_type 'newfangled' (read as Llama-like)", "extra_layers", "num_nextn_predict_layers"
+        r"'c\n_config' (not counted)", "model_type 'newfangled' (read as Llama-like)", r"'a\nb'", "extra_layers",
+        "moe_layers", "num_nextn_predict_layers",
     )  # fmt: skip
-    assert read_model("google/flan-t5-xl").unknown == ("decoder (not counted)",)
+
+
+def test_of_t5_the_encoder_alone_is_read() -> None:
+    """Flan-T5-XL, whose encoder has 1.22e9 weights of 2.85e9."""
+    config = {"model_type": "t5", "d_model": 2048, "d_ff": 5120, "d_kv": 64, "num_heads": 32, "num_layers": 24,
+              "num_decoder_layers": 24, "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 32,
+              "vocab_size": 32128, "is_encoder_decoder": True}  # fmt: skip
+    model = read_model({**config, "architectures": ["T5EncoderModel"]})
+    assert model.parameters == 24 * (4 * 2048 * 2048 + 3 * 2048 * 5120) + 32128 * 2048
+    assert (model.head, model.unknown) == (None, ())
+    for whole in (config, {**config, "architectures": ["T5ForConditionalGeneration"]}):
+        with pytest.raises(ModelError, match="whose decoder the planner does not count"):
+            read_model(whole)
+
+
+def test_a_name_is_one_printable_line() -> None:
+    config = {"model_type": "llama", **BASE}
+    assert read_model({**config, "_name_or_path": "a" * 300}).name == "a" * 200
+    assert [read_model({**config, "_name_or_path": one}).name for one in ("a\nb", ["a"])] == ["model", "model"]
 
 
 @pytest.mark.parametrize("missing", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
@@ -364,6 +384,11 @@ def test_a_missing_field_is_named(missing: str) -> None:
         ({"num_local_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok 5 arrived"),
         ({"model_type": 3}, "model_type 3 arrived, expected a text"),
         ({"is_encoder_decoder": True}, "an encoder-decoder arrived"),
+        ({"is_encoder_decoder": True, "text_config": BASE}, "an encoder-decoder arrived"),
+        ({"decoder_layers": 6}, "an encoder-decoder arrived"),
+        ({"model_type": "bert", "is_decoder": True}, "an encoder-decoder arrived"),
+        ({"torch_dtype": "float7"}, "torch_dtype 'float7' arrived, expected one of auto, bfloat16"),
+        ({"text_config": {**BASE, "dtype": 16}}, "dtype 16 arrived"),
         ({"quantization_config": {"quant_method": "hqq"}}, "quant_method 'hqq' is unknown, expected one of fp8"),
         ({"quantization_config": [4]}, "expected an object with quant_method"),
         ({"quantization_config": {"quant_method": "gptq"}}, "not a gptq scheme that can be read"),
@@ -384,7 +409,7 @@ HOSTILE = [-1, 0, 1, 3, 2**80, 1.5, float("nan"), True, "", "x" * 300, [], [[]],
     ("family", "config"), [(family, config) for family, config, _ in COUNTED], ids=[one[0] for one in COUNTED]
 )
 def test_hostile_values_are_refused_or_read(family: str, config: dict[str, Any]) -> None:
-    for name in ("model_type", "text_config", "quantization_config", "tie_word_embeddings", *config):
+    for name in ("model_type", "text_config", "quantization_config", "tie_word_embeddings", "architectures", *config):
         for value in HOSTILE:
             problem = ""
             try:
@@ -432,7 +457,7 @@ def test_every_offline_model_is_known_and_describes_itself() -> None:
         model = read_model(name)
         document = json.loads(json.dumps(describe(model)))
         assert document["parameters"] == model.parameters > 0
-        assert set(model.unknown) <= {"index_topk", "decoder (not counted)"}, name
+        assert set(model.unknown) <= {"index_topk"}, name
 
 
 def test_models_of_the_measurements_are_there(shared_data: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 
@@ -89,6 +92,23 @@ def test_an_estimate_uses_it_after_a_trip_through_files(tmp_path: Path) -> None:
     assert one.card == "measured"
     assert one.source == "everybit plan probe, 2026-11-26, A Processor: 36 products"
     assert one.tpot_s.low < step < one.tpot_s.high
+
+
+def test_the_interval_holds_nine_of_ten_measured_steps() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "results"
+    lines = [line for file in folder.glob("*-plan-cpu*.jsonl") for line in file.read_text("utf-8").splitlines()]
+    cells = [one for one in map(json.loads, lines) if "error" in one]
+    assert len(cells) >= 56
+    wide = NormalDist().inv_cdf(0.95) * calibration_of(FOUND).efficiency.spread
+    misses = [math.log(one["predicted_tps"] / one["measured_tps"]) for one in cells]
+    assert sum(abs(one) <= wide for one in misses) / len(cells) == pytest.approx(0.9, abs=0.05)
+
+
+def test_a_card_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "card.toml").mkdir()
+    with pytest.raises(SourceError, match="cannot be written"):
+        write_card(card_of(FOUND), tmp_path / "card.toml")
+    assert [one.name for one in tmp_path.iterdir()] == ["card.toml"]
 
 
 def test_devices_split_the_products() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -18,19 +19,28 @@ from everybit.bench.metrics import measure as measure_records
 from everybit.bench.records import read_records
 from everybit.bench.targets import Slo as BenchSlo
 from everybit.bench.targets import Targets, Window
+from everybit.cli.main import main
 from everybit.errors import EverybitError, SourceError
+from everybit.plan.cost import SINGLE, Cost, Parallel
+from everybit.plan.deployment import Deployment
+from everybit.plan.efficiency import IDEAL
+from everybit.plan.hardware import read_hardware
+from everybit.plan.model import read_model
+from everybit.plan.operators import Model
 from everybit.plan.simulate.engines import make_engine
 from everybit.plan.simulate.fit import Linear, Parameter, fit
+from everybit.plan.simulate.lockstep import Lockstep
 from everybit.plan.simulate.metrics import Slo, measure, table
 from everybit.plan.simulate.ours import Ours
 from everybit.plan.simulate.output import write_chrome, write_records
 from everybit.plan.simulate.profile import Factors, ProfileTime, Shape, read_profile
-from everybit.plan.simulate.replica import Replica
+from everybit.plan.simulate.replica import Pipeline, Replica
 from everybit.plan.simulate.requests import Outcome, Request, draw, speed_up
 from everybit.plan.simulate.router import ROUTERS, make_router
 from everybit.plan.simulate.run import Link, Pool, Simulated, simulate
-from everybit.plan.simulate.traces import Timing, read_timings, read_trace
+from everybit.plan.simulate.traces import Timing, load_trace, read_timings, read_trace
 from everybit.plan.simulate.vllm import Vllm
+from everybit.plan.speculation import Speculation, speculation_of
 from everybit.plan.step import Step
 
 TARGET = Target(first_ns=1_000_000_000, gap_ns=100_000_000)
@@ -219,6 +229,68 @@ def test_lockstep_waits_for_the_slowest() -> None:
     assert times(done) == [[4.0, 5.1], [4.0, 5.1]]
 
 
+def test_who_is_idle_in_a_lockstep_draws_idle_power() -> None:
+    engines = [Vllm(blocks=100, context=1000, overlaps=False) for _ in "ab"]
+    one = Replica("r", engines, Fixed(), lambda step, seconds, bits: 100.0, 20.0)
+    done = simulate([Request(0, 0.0, 10, 1)], one)
+    assert measure(done, TARGET)["replicas"]["r"]["joules"] == pytest.approx(2 * (100 + 10))
+
+
+def test_stages_overlap_the_batches_of_their_replicas() -> None:
+    stages = Pipeline(2)
+    assert [stages.end_s(0, took) for took in (2, 2, 4)] == [2, 3, 6]
+    stages = Pipeline(2)
+    pool = Pool(tuple(Replica(n, [Vllm(blocks=9, context=99)], Fixed(), pipeline=stages) for n in "ab"),
+                make_router("round-robin"))  # fmt: skip
+    done = simulate([Request(0, 0.0, 10, 2), Request(1, 0.0, 10, 1)], pool)
+    assert times(done) == [[2.0, 3.55], [3.0]]  # the second stage is free at 3
+
+
+def test_a_request_reaches_its_engine_after_the_server() -> None:
+    requests = [Request(0, 1.0, 10, 2), Request(1, 9.0, 10, 2)]
+    pool = Pool((vllm(overlaps=False),), make_router("round-robin"), first_s=0.5)
+    done = simulate(requests, pool)
+    assert times(done) == [[3.5, 4.6], [11.5, 12.6]]
+    assert [one.ttft_s for one in done.outcomes] == pytest.approx([2.5, 2.5])
+    assert done.outcomes[0].engine_ttft_s == pytest.approx(2.0)
+    again = simulate(requests, Pool((vllm(overlaps=False),), make_router("round-robin"), 0.5), users=1, think_s=1.0)
+    assert [one.at_s for one in again.outcomes] == pytest.approx([0, 4.6])
+
+
+def ours(acceptance: float, seed: int = 0, bits: int | Auto = 8, drafts: int = 3, **options: object) -> Replica:
+    scheduler = Scheduler(blocks=1000, block_tokens=16, context=10_000, budget=64, most=8)
+    one = Ours(scheduler, bits, speculation=Speculation(drafts, acceptance, 4), seed=seed, **options)  # type: ignore[arg-type]
+    return Replica("r", [one], Fixed())
+
+
+def test_drafts_cost_their_passes_and_bring_what_is_right() -> None:
+    done = simulate([Request(0, 0.0, 10, 9)], ours(1.0))
+    draft_s, last = 3 * 1.1 / 2, 2.0
+    ends = [last + draft_s + 1.4, last + 2 * (draft_s + 1.4)]  # three drafts at 4 bits, four tokens verified at 8
+    assert times(done) == [[last, *[ends[0]] * 4, *[ends[1]] * 4]]
+    assert set(done.outcomes[0].bits) == {8}
+    wrong = simulate([Request(0, 0.0, 10, 9)], ours(0.0)).replicas[0]
+    assert len(wrong.ran) == 9
+    assert wrong.engines[0].load().blocks_used == 0
+
+
+def test_as_many_guesses_are_right_as_are_accepted() -> None:
+    first, again, other = (simulate(mixed(60), ours(0.7, seed)) for seed in (1, 1, 2))
+    assert [one.times_s for one in first.outcomes] == [one.times_s for one in again.outcomes]
+    assert [one.times_s for one in first.outcomes] != [one.times_s for one in other.outcomes]
+    assert all(one.complete for one in first.outcomes)
+    long = simulate([Request(0, 0.0, 10, 3000)], ours(0.7, drafts=4)).replicas[0]
+    assert 3000 / len(long.ran) == pytest.approx(Speculation(4, 0.7, 4).tokens, rel=0.05)
+
+
+def test_rungs_at_or_below_the_draft_are_not_speculated() -> None:
+    slow = Target(first_ns=1, gap_ns=1)  # always late: the lowest rung
+    one = ours(1.0, bits=Auto(4, 8), rungs=(4, 8), target=slow)
+    done = simulate([Request(0, 0.0, 10, 9)], one)
+    assert done.outcomes[0].bits[-1] == 4
+    assert len(set(done.outcomes[0].times_s)) > 5
+
+
 def test_energy_is_the_integral_of_power() -> None:
     one = Replica("r", [Vllm(blocks=100, context=1000)], Fixed(), lambda step, seconds, bits: 100.0 + step.tokens, 20.0)
     done = simulate([Request(0, 1.0, 10, 2)], one)
@@ -302,6 +374,17 @@ def test_traces_of_each_kind(tmp_path: Path) -> None:
     assert found[0].blocks == (5,)
 
 
+def test_rows_that_are_no_requests_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    head = "Timestamp,Request tokens,Response tokens\n"
+    path.write_text(head + "1,5,7\n2,0,7\n3,5,0\n4,0,0\n5,5,7\n")
+    found = load_trace(path)
+    assert (len(found.requests), found.rows, found.skipped) == (2, 5, {"no prompt tokens": 2, "no output tokens": 1})
+    path.write_text(head + "1,5,0\n2,0,7\n")
+    with pytest.raises(SourceError, match=r"no requests \(2 rows, 1 with no output tokens, 1 with no prompt tokens\)"):
+        load_trace(path)
+
+
 def test_a_simulation_is_a_trace_again(tmp_path: Path) -> None:
     requests = [Request(0, 0.0, 10, 3), Request(1, 0.25, 20, 5)]
     write_records(tmp_path / "records", simulate(requests, vllm()))
@@ -349,6 +432,9 @@ ONE = [Request(0, 0.0, 1, 1)]
         (lambda: simulate(ONE, Pool((), make_router("round-robin"))), "a pool of replicas none"),
         (lambda: simulate(ONE, replica(time=Fixed(float("nan")))), "a step of nan s"),
         (lambda: Link(0, 1), "a bandwidth above 0"),
+        (lambda: Pool((vllm(),), make_router("round-robin"), -1.0), "after -1.0 s"),
+        (lambda: ours(0.5, bits=4), "drafts at 4 bits for 4"),
+        (lambda: speculation_of(3, None, 4), "belong together"),
         (lambda: make_router("luck"), "router 'luck': expected one of round-robin"),
         (lambda: make_engine("sglang", blocks=1, context=1), "engine 'sglang'"),
         (lambda: make_engine("vllm", blocks=1, context=1, bits=4), "vllm has no bits"),
@@ -367,6 +453,109 @@ def test_bad_input_is_named(call: object, told: str) -> None:
     with pytest.raises(EverybitError) as caught:
         call()  # type: ignore[operator]
     assert told in str(caught.value)
+
+
+# --- deployments
+LLAMA, MIXTRAL = "meta-llama/Llama-3.1-8B", "mistralai/Mixtral-8x7B-v0.1"
+
+
+def deployed(name: str, bits: tuple[int, ...] = (8,), split: Parallel = SINGLE, **options: Any) -> Deployment:
+    models = {one: read_model(name, weight_bits=f"everybit{one}") for one in bits}
+    options = {"card": read_hardware("h100-sxm"), "engine": "everybit", **options}
+    return Deployment(models, split=split, efficiency=IDEAL, **options)
+
+
+def names(deployment: Deployment, context: int = 2048) -> list[str]:
+    return [one.name for one in deployment.pool(2, context, TARGET, "round-robin").replicas]
+
+
+def test_groups_and_micro_batches_are_replicas() -> None:
+    one, both = deployed(LLAMA), deployed(LLAMA, split=Parallel(pp=2, dp=2))
+    assert names(one) == ["replica 1", "replica 2"]
+    assert names(both)[2:5] == [
+        "replica 1, group 2, batch 1",
+        "replica 1, group 2, batch 2",
+        "replica 2, group 1, batch 1",
+    ]
+    first, second, third, *_ = both.pool(1, 2048, TARGET, "round-robin").replicas
+    assert first.pipeline is second.pipeline is not third.pipeline
+    alone = one.pool(1, 2048, TARGET, "round-robin").replicas[0]
+    assert first.idle_w == alone.idle_w > 0
+    assert 4 * first.blocks > 2 * alone.blocks  # half the weights on each device leave more room
+    with pytest.raises(SourceError, match="pass fewer stages or a shorter context"):
+        deployed(LLAMA, card=read_hardware("l4"), split=Parallel(pp=4)).pool(1, 400_000, TARGET, "round-robin")
+
+
+def test_a_pipeline_serves_more_and_no_request_faster() -> None:
+    alone, many = [Request(0, 0.0, 500, 50)], [Request(n, 0.0, 500, 50) for n in range(64)]
+    ends = {}
+    for pp in (1, 2):
+        for requests in (alone, many):
+            pool = deployed(LLAMA, split=Parallel(pp=pp)).pool(1, 2048, TARGET, "shortest-queue")
+            ends[pp, len(requests)] = simulate(requests, pool).ends_s
+    assert ends[1, 1] < ends[2, 1] < 1.02 * ends[1, 1]
+    assert ends[2, 64] < 0.8 * ends[1, 64]
+
+
+def test_experts_in_lockstep_see_all_tokens() -> None:
+    split = Parallel(tp=2, dp=2, ep=4)
+    model: Model = read_model(MIXTRAL, weight_bits=8)
+    cost = Cost(model, read_hardware("h100-sxm"), split)
+    time = Lockstep(cost)
+    few, more = Step(decodes=(100,) * 2), Step(((512, 0),), (100,) * 30)
+    for step in (few, more):
+        assert time.seconds_together([step, step]) == pytest.approx(cost.seconds(step))
+    assert cost.seconds(few) < time.seconds_together([few, more]) < cost.seconds(more)
+    assert time.seconds_together([few, Step()]) < cost.seconds(few)
+    assert Lockstep(cost, stream_s=9.0).seconds(few) == 9.0
+    replicas = deployed(MIXTRAL, split=split).pool(1, 2048, TARGET, "shortest-queue").replicas
+    assert [len(one.engines) for one in replicas] == [2]
+    done = simulate([Request(n, 0.0, 100, 20) for n in range(9)], Pool(replicas, make_router("shortest-queue")))
+    assert all(one.complete for one in done.outcomes)
+
+
+def test_offloaded_rungs_stream_what_lies_below_the_planes_that_stay() -> None:
+    options: dict[str, Any] = {"card": read_hardware("gh200"), "most": 2}
+    with pytest.raises(SourceError, match="nearest that fits"):
+        deployed("meta-llama/Llama-3.1-405B", (2, 3), **options).pool(1, 2048, TARGET, "round-robin")
+    deployment = deployed("meta-llama/Llama-3.1-405B", (2, 3), offload=True, **options)
+    replica = deployment.pool(1, 2048, TARGET, "round-robin").replicas[0]
+    low, high = (replica.time.seconds(Step(decodes=(100,)), bits) for bits in (2, 3))
+    more_bytes = deployment.rungs[3].weight_bytes - deployment.rungs[2].weight_bytes
+    assert low > 0
+    assert high - low == pytest.approx(more_bytes / deployment.card.memory[1].bytes_per_s)
+    assert replica.blocks >= 2048 / 16
+
+
+def test_what_is_not_simulated_is_refused() -> None:
+    for make, told in (
+        (lambda: deployed(LLAMA, engine="vllm", speculation=Speculation(3, 0.5, 3)), "only everybit drafts"),
+        (lambda: deployed(LLAMA, speculation=Speculation(3, 0.5, 8)), "drafts at 8 bits for 8"),
+        (lambda: deployed(LLAMA, speculation=Speculation(3, 0.5, 2.5)), "whole bits"),
+        (lambda: deployed(MIXTRAL, (3, 8), Parallel(dp=2)), "one precision and without drafts"),
+        (lambda: names(deployed(LLAMA, split=Parallel(tp=2, ep=2))), "no experts"),
+    ):
+        with pytest.raises(SourceError) as caught:
+            make()
+        assert told in str(caught.value)
+
+
+def test_the_command_counts_rows_and_drafts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("Timestamp,Request tokens,Response tokens\n" + "1,50,40\n" * 3 + "2,0,7\n")
+    command = ["plan", "simulate", LLAMA, "--on", "a10g", "--bits", "8", "--trace", str(path)]
+    assert main(command, ("plan",)) == 0
+    assert "trace: 4 rows read, skipped 1 with no prompt tokens" in capsys.readouterr().out
+    drafts = ["--draft-bits", "2", "--drafts", "4", "--acceptance"]
+    rates = []
+    for more in ([], [*drafts, "0.9"], [*drafts, "0"]):
+        assert main([*command, "--json", "--requests", "1", *more], ("plan",)) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["trace"] == {"rows": 4, "taken": 1, "skipped": {"no prompt tokens": 1}}
+        rates.append(found["expected"]["latency"]["tpot_ms"]["mean"])
+    plain, right, wrong = rates
+    assert right < plain < wrong
+    assert found["expected"]["latency"]["ttft_ms"]["mean"] > 30  # HTTP and tokenizing, of the prior
 
 
 # --- a real server

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from everybit.batching.fluidity import Pace, Target
+from everybit.batching.pacing import TARGET, choose_rung, step_budget
 from everybit.batching.precision import Auto, Costs, Ladder
 from everybit.batching.scheduler import Counts, Part, Request, Scheduler
 from everybit.batching.speculation import Draft, Speculated, Speculation
@@ -26,9 +27,6 @@ from everybit.engine.plan import Precision
 from everybit.engine.runtime import Runtime, blocks_of
 from everybit.engine.sampling import F32, Choice, Constraint, Sampler, Sampling, score
 from everybit.errors import ModelError, PrecisionError, RequestError
-
-LEAST_CHUNK = 32  # tokens of prompts in a step: fewer would read the weights for too little
-TARGET = Target(first_ns=1_000_000_000, gap_ns=100_000_000)  # a reader's pace: ten tokens a second
 
 
 @dataclass(frozen=True)
@@ -233,7 +231,7 @@ class Batcher:
         planned = self._scheduler.next(ahead, self._budget(begin))
         drafts, drafting_ns = self._draft(planned)
         parts = [
-            replace(part, tokens=(*part.tokens, *drafts[part.id].tokens)) if part.id in drafts else part
+            part._replace(tokens=(*part.tokens, *drafts[part.id].tokens)) if part.id in drafts else part
             for part in planned
         ]
         decodes = all(len(part.tokens) == 1 for part in planned)
@@ -257,47 +255,22 @@ class Batcher:
         return events
 
     def _budget(self, now: int) -> int | None:
-        """Tokens of a step that makes no stream late, where it can be helped; None where nobody reads yet.
-
-        A stream that has time in hand lets long prompts through faster (stall-free batching: Agrawal et al. 2024).
-        """
+        """Tokens of the next step, at most."""
         reading = [stream for stream in self._streams.values() if stream.sampler.position > len(stream.prompt)]
-        if not reading:
-            return None
-        limit = min(max(stream.pace.due_ns - now, stream.pace.target.gap_ns) for stream in reading)
         bits = self._ladder.bits if any(stream.auto for stream in reading) else max(self._runtime.bits or (0,))
-        return len(reading) + int(min(max(self._costs.tokens(bits, limit) - len(reading), LEAST_CHUNK), 1 << 20))
+        return step_budget([stream.pace for stream in reading], now, bits, self._costs)
 
     def pace(self, id: Hashable) -> Pace:
         """How a stream does against its target, while it is there."""
         return self._streams[id].pace
 
     def _choose_precision(self, parts: Sequence[Part]) -> None:
-        """For the next step: one rung for all `auto` requests, within the bounds of each.
-
-        The next step is taken to be like the last, `parts`. A request that waits counts while it can still be in time.
-        """
+        """Of `auto` requests in the next step."""
         autos = {id: stream.auto for id, stream in self._streams.items() if stream.auto is not None}
-        if not autos:
-            return
-        bounds = Auto(min(a.floor for a in autos.values()), max(a.ceiling for a in autos.values()))
-        ran, now = {part.id for part in parts}, self._clock()
-        lowest = self._predict(parts, autos, bounds.floor)
-        rooms = [self._streams[id].pace.due_ns - now for id in autos if id in ran]
-        rooms += [room for id in autos if id not in ran and (room := self._streams[id].pace.due_ns - now) >= lowest]
-        if rooms:
-            here, above = (self._predict(parts, autos, bits) for bits in (self._ladder.bits, self._ladder.above))
-            self._ladder.step(min(rooms), here, above, bounds)
-        for id, auto in autos.items():
-            self._scheduler.set_bits(id, self._ladder.within(auto))
-
-    def _predict(self, parts: Sequence[Part], autos: Mapping[Hashable, Auto], rung: int) -> float:
-        """Nanoseconds of a step of these parts, one pass for each precision, with `auto` requests at `rung`."""
-        tokens: dict[Hashable, int] = {}
-        for part in parts:
-            bits = self._ladder.within(autos[part.id], rung) if part.id in autos else part.bits
-            tokens[bits] = tokens.get(bits, 0) + len(part.tokens)
-        return sum(self._costs.predict(bits, n) for bits, n in tokens.items() if isinstance(bits, int))
+        dues_ns = {id: self._streams[id].pace.due_ns for id in autos}
+        if autos and choose_rung(self._ladder, self._costs, parts, autos, dues_ns, self._clock()):
+            for id, auto in autos.items():
+                self._scheduler.set_bits(id, self._ladder.within(auto))
 
     def _draft(self, parts: Sequence[Part]) -> tuple[dict[Hashable, Draft], int]:
         """What is guessed for parts of this step, and the ns it took.

@@ -16,7 +16,7 @@ from everybit.errors import EverybitError
 Tokens = tuple[int, ...]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Node:
     """One cached block. The root of a (tenant, precision) has none, and its `holders` are the open paths."""
 
@@ -119,10 +119,14 @@ class Path:
         self._root: Node | None = None
         self.nodes: list[Node] = []
         self.own: list[int] = []
+        self._room = 0  # tokens of all
+        self._all: tuple[int, ...] | None = ()  # None where it is to be made anew
 
     @property
     def all(self) -> tuple[int, ...]:
-        return (*(node.block for node in self.nodes), *self.own)
+        if self._all is None:
+            self._all = (*(node.block for node in self.nodes), *self.own)
+        return self._all
 
     def __len__(self) -> int:
         return len(self.nodes) + len(self.own)
@@ -130,35 +134,39 @@ class Path:
     def open(self, key: Hashable, tokens: Sequence[int]) -> int:
         """Begin with what is cached of `tokens` under `key`, never all of them. Returns how many tokens that is."""
         size = self._blocks.size
-        self._root = self._blocks.root(key)
+        self._root, self._all = self._blocks.root(key), None
         while (node := self._child(tokens)) is not None and (len(self.nodes) + 1) * size < len(tokens):
             self._blocks.hold(node)
             self.nodes.append(node)
-        return len(self.nodes) * size
+        self._room = len(self.nodes) * size
+        return self._room
 
     def grow(self, tokens: int) -> bool:
         """Room for so many tokens in all, if there are blocks; what was taken stays in either case."""
-        while len(self) * self._blocks.size < tokens:
-            block = self._blocks.take()
-            if block is None:
-                return False
+        if self._room >= tokens:
+            return True
+        before = len(self.own)
+        while self._room < tokens and (block := self._blocks.take()) is not None:
             self.own.append(block)
-        return True
+            self._room += self._blocks.size
+        if self._all is not None:
+            self._all += tuple(self.own[before:])
+        return self._room >= tokens
 
-    def share(self, tokens: Sequence[int]) -> None:
-        """The blocks that `tokens` fill become part of the tree; one that is there already takes the place of ours."""
+    def share(self, tokens: Sequence[int], count: int) -> None:
+        """The blocks that the first `count` tokens fill become part of the tree, or give way to one that is there."""
         if self._root is None:
             return
-        while (len(self.nodes) + 1) * self._blocks.size <= len(tokens):
-            mine = self.own.pop(0)
-            node = self._child(tokens)
+        while (len(self.nodes) + 1) * self._blocks.size <= count:
+            mine, edge = self.own.pop(0), self._edge(tokens)
+            parent = self.nodes[-1] if self.nodes else self._root
+            node = parent.children.get(edge)
             if node is None:
-                parent = self.nodes[-1] if self.nodes else self._root
-                node = Node(parent, self._edge(tokens), mine, holders=1)
-                parent.children[node.tokens] = node
+                node = parent.children[edge] = Node(parent, edge, mine, holders=1)
             else:
                 self._blocks.hold(node)
                 self._blocks.give(mine)
+                self._all = None
             self.nodes.append(node)
 
     def close(self) -> None:
@@ -169,7 +177,7 @@ class Path:
             self._blocks.let_go(node)
         if self._root is not None:
             self._blocks.leave_root(self._root)
-        self.own, self.nodes, self._root = [], [], None
+        self.own, self.nodes, self._root, self._room, self._all = [], [], None, 0, ()
 
     def _edge(self, tokens: Sequence[int]) -> Tokens:
         start = len(self.nodes) * self._blocks.size

@@ -26,6 +26,8 @@ class Target:
 class Pace:
     """One stream against its target. `due_ns` is when the next token has to be there."""
 
+    __slots__ = ("due_ns", "hits", "misses", "target")
+
     def __init__(self, target: Target, begin_ns: int) -> None:
         self.target = target
         self.due_ns = begin_ns + target.first_ns

@@ -11,13 +11,17 @@ decodes can have room for some `ahead`, after everybody else got what they need,
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
 
 from everybit.batching.blocks import Blocks, Path
 from everybit.errors import BusyError, RequestError
 
 SCORED = 64  # rows of logits, a vocabulary wide each, are kept at once
+_rank = attrgetter("rank")
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,7 @@ class Request:
     scores: bool = False
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """What one sequence does in a step: `tokens` after `past` others. A token is sampled where `samples`.
 
     `blocks` and the budget have room for `ahead` more tokens: guesses to verify. All from `past` on is the sequence's
@@ -60,12 +63,13 @@ class Part:
     ahead: int = 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Sequence:
     request: Request
     rank: tuple[int, float, int]
     path: Path
     tokens: list[int]
+    most: int  # tokens that it may have
     bits: Hashable
     key_bits: Hashable = None  # the precision under which the path is shared
     computed: int = 0  # tokens in the KV cache
@@ -73,15 +77,6 @@ class _Sequence:
     cached: int = 0  # tokens that it found in the KV cache
     running: bool = False
     started: bool = False
-
-    @property
-    def left(self) -> int:
-        return len(self.tokens) - self.computed
-
-    @property
-    def wanted(self) -> int:
-        """Tokens that it may still get."""
-        return len(self.request.prompt) + self.request.max_tokens - len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -113,6 +108,7 @@ class Scheduler:
         self._blocks = Blocks(blocks, block_tokens)
         self._context, self._budget, self._most, self._queue = context, budget, most, queue
         self._sequences: dict[Hashable, _Sequence] = {}
+        self._ranked: list[_Sequence] = []  # the same, by rank
         self._arrivals = self._preempted = self._tokens_cached = 0
         self._batch: list[tuple[_Sequence, Part]] = []
 
@@ -132,7 +128,10 @@ class Scheduler:
             )
         rank = (request.priority, request.deadline, self._arrivals)
         self._arrivals += 1
-        self._sequences[request.id] = _Sequence(request, rank, self._blocks.path(), list(request.prompt), request.bits)
+        most = len(request.prompt) + request.max_tokens
+        sequence = _Sequence(request, rank, self._blocks.path(), list(request.prompt), most, request.bits)
+        self._sequences[request.id] = sequence
+        insort(self._ranked, sequence, key=_rank)
 
     def require_fit(self, request: Request) -> None:
         """That it can run when it is alone. Looks at nothing that changes: any thread may ask. Raises: RequestError"""
@@ -155,6 +154,7 @@ class Scheduler:
         sequence = self._sequences.pop(id, None)
         if sequence is not None:
             sequence.path.close()
+            del self._ranked[bisect_left(self._ranked, sequence.rank, key=_rank)]
         return sequence is not None
 
     def set_bits(self, id: Hashable, bits: Hashable) -> bool:
@@ -184,26 +184,27 @@ class Scheduler:
         `ahead`: room that is asked for, by request. It is what nobody else needs in this step. `budget`: tokens of this
         step, where that is to be fewer than ever; what decodes comes first.
         """
-        total = self._budget if budget is None else min(budget, self._budget)
-        ranked = sorted(self._sequences.values(), key=lambda s: s.rank)
-        running = [s for s in ranked if s.running]
-        parts: list[Part] = []
-        for sequence in [s for s in running if s.left == 1] + [s for s in running if s.left > 1]:
-            left = total - sum(len(part.tokens) for part in parts)
+        left = self._budget if budget is None else min(budget, self._budget)
+        running = [s for s in self._ranked if s.running]
+        decodes: list[_Sequence] = []
+        prompts: list[_Sequence] = []
+        for sequence in running:
+            (decodes if len(sequence.tokens) - sequence.computed == 1 else prompts).append(sequence)
+        parts: dict[Hashable, Part] = {}
+        for sequence in decodes + prompts:
             if left > 0 and sequence.running:  # one may have been put back for another
-                parts += self._part(sequence, left, running, parts)
-        for sequence in ranked:
-            left = total - sum(len(part.tokens) for part in parts)
+                left -= self._add_part(sequence, left, running, parts)
+        for sequence in self._ranked:
             if sequence.running:
                 continue
             if left < 1 or len(running) == self._most or not self._admit(sequence):
                 break  # those behind it wait too: small ones do not overtake for ever
             running.append(sequence)
-            parts += self._part(sequence, left, running, parts)
+            left -= self._add_part(sequence, left, running, parts)
         if ahead:
             self._look_ahead(parts, ahead)
-        self._batch = [(self._sequences[part.id], part) for part in parts]
-        return tuple(parts)
+        self._batch = [(self._sequences[id], part) for id, part in parts.items()]
+        return tuple(parts.values())
 
     def done(self, sampled: Mapping[Hashable, Sequence[int | None]]) -> None:
         """What the last `next` led to: for each part that samples its tokens, the last None where its sequence ended.
@@ -212,17 +213,22 @@ class Scheduler:
         itself, at its max_tokens: give its last token, it is not asked for another.
         """
         batch, self._batch = [(q, p) for q, p in self._batch if self._sequences.get(p.id) is q], []  # others: cancelled
-        tokens = {part.id: sampled[part.id] for _, part in batch if part.samples}
+        size = self._blocks.size
         for sequence, part in batch:
-            new = [token for token in tokens.get(part.id, ()) if token is not None]
-            computed = len(part.tokens) + max(0, len(new) - 1)
-            sequence.tokens += new
+            computed, ended = len(part.tokens), False
+            if part.samples:
+                new = sampled[part.id]
+                if new[-1] is None:
+                    new, ended = new[:-1], True
+                sequence.tokens += new  # type: ignore[arg-type]  # None comes last
+                computed += max(len(new) - 1, 0)
+                ended = ended or len(sequence.tokens) == sequence.most
             if sequence.computed == sequence.pure and part.bits == sequence.key_bits:
                 sequence.pure += computed
             sequence.computed += computed
-            if sequence.pure // self._blocks.size > len(sequence.path.nodes):
-                sequence.path.share(sequence.tokens[: sequence.pure])
-            if part.samples and (tokens[part.id][-1] is None or sequence.wanted == 0):
+            if sequence.pure // size > len(sequence.path.nodes):
+                sequence.path.share(sequence.tokens, sequence.pure)
+            if ended:
                 self.cancel(part.id)
 
     def counts(self) -> Counts:
@@ -255,22 +261,31 @@ class Scheduler:
         self._tokens_cached += sequence.computed
         return True
 
-    def _part(self, sequence: _Sequence, budget: int, running: Sequence[_Sequence], parts: list[Part]) -> list[Part]:
-        """Its part of the step, or none. For its blocks the last in rank are put back, and their parts taken out."""
-        scores = sequence.request.scores and sequence.computed < len(sequence.request.prompt)
-        count = min(sequence.left, budget, SCORED if scores else budget)
-        while not sequence.path.grow(sequence.computed + count):
+    def _add_part(
+        self, sequence: _Sequence, budget: int, running: Sequence[_Sequence], parts: dict[Hashable, Part]
+    ) -> int:
+        """Its part of the step, or none. For its blocks the last in rank are put back, and their parts taken out.
+
+        Returns how many tokens the step has more for it, below 0 where parts were taken out.
+        """
+        request, computed, freed = sequence.request, sequence.computed, 0
+        left = len(sequence.tokens) - computed
+        scores = request.scores and computed < len(request.prompt)
+        count = min(left, budget, SCORED) if scores else min(left, budget)
+        while not sequence.path.grow(computed + count):
             last = max((s for s in running if s.running), key=lambda s: s.rank)
             self._leave(last)
             self._preempted += 1
-            parts[:] = [part for part in parts if part.id != last.request.id]
+            if (part := parts.pop(last.request.id, None)) is not None:
+                freed += len(part.tokens)
             if last is sequence:
-                return []
-        tokens = tuple(sequence.tokens[sequence.computed : sequence.computed + count])
-        samples, blocks = count == sequence.left, sequence.path.all
-        return [Part(sequence.request.id, tokens, sequence.computed, blocks, sequence.bits, samples, scores)]
+                return -freed
+        tokens = tuple(sequence.tokens[computed : computed + count])
+        blocks = sequence.path.all
+        parts[request.id] = Part(request.id, tokens, computed, blocks, sequence.bits, count == left, scores)
+        return count - freed
 
-    def _look_ahead(self, parts: list[Part], ahead: Mapping[Hashable, int]) -> None:
+    def _look_ahead(self, parts: dict[Hashable, Part], ahead: Mapping[Hashable, int]) -> None:
         """Give room to the parts that decode, each its share, from blocks and budget that are left over.
 
         Blocks that running prompts have yet to fill stay. What a sequence got and does not use it keeps: its next
@@ -279,11 +294,11 @@ class Scheduler:
         running = [s for s in self._sequences.values() if s.running]
         size = self._blocks.size
         spare = self._blocks.available - sum(max(0, -(-len(s.tokens) // size) - len(s.path)) for s in running)
-        budget = self._budget - sum(len(part.tokens) for part in parts)
-        asking = [i for i, p in enumerate(parts) if p.samples and not p.scores and len(p.tokens) == 1 and p.id in ahead]
-        for turn, i in enumerate(asking):
-            part, sequence = parts[i], self._sequences[parts[i].id]
-            count = min(ahead[part.id], sequence.wanted - 1, budget // (len(asking) - turn))
+        budget = self._budget - sum(len(part.tokens) for part in parts.values())
+        asking = [p for p in parts.values() if p.samples and not p.scores and len(p.tokens) == 1 and p.id in ahead]
+        for turn, part in enumerate(asking):
+            sequence = self._sequences[part.id]
+            count = min(ahead[part.id], sequence.most - len(sequence.tokens) - 1, budget // (len(asking) - turn))
             here = part.past + 1
             count = min(count, (len(sequence.path) + max(0, spare)) * size - here)
             if count < 1:
@@ -291,7 +306,7 @@ class Scheduler:
             before = len(sequence.path)
             sequence.path.grow(here + count)
             spare, budget = spare - len(sequence.path) + before, budget - count
-            parts[i] = replace(part, blocks=sequence.path.all, ahead=count)
+            parts[part.id] = part._replace(blocks=sequence.path.all, ahead=count)
 
     def _leave(self, sequence: _Sequence) -> None:
         sequence.path.close()

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     processors = _native.usable_processors()
     counts = [check_threads(args.threads)] if args.threads else thread_counts(processors)
     array_bytes = args.array_mb * 10**6 if args.array_mb else _native.stream_array_bytes()
-    available = _available_bytes()
+    available = available_bytes()
     if available and 3 * array_bytes > available:
         raise RequestError(
             "--array-mb",
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if isa not in isas:
         raise RequestError(ISA_VARIABLE, f"{isa!r}: expected one of {', '.join(isas)}, or nothing for the first")
     document: dict[str, Any] = {
-        "processor": _model_name(),
+        "processor": processor_name(),
         "processors": processors,
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "caches": _caches(),
@@ -113,7 +113,7 @@ def _caches() -> list[dict[str, object]]:
     return found
 
 
-def _model_name() -> str:
+def processor_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -123,7 +123,7 @@ def _model_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Memory that can be had without swapping; 0 where the system does not say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

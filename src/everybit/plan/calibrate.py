@@ -8,25 +8,28 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from statistics import NormalDist, median
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from everybit.errors import SourceError, reason
 from everybit.plan.cost import Parallel
-from everybit.plan.efficiency import BOUNDS, Efficiency, Products, WeightOnly
+from everybit.plan.efficiency import BOUNDS, Efficiency, Products, WeightOnly, is_routed
 from everybit.plan.hardware import Hardware
 from everybit.plan.operators import Model
 from everybit.plan.service import Latency, Service, compile_service
 
-_FORMAT = "everybit-plan-calibration"
+_FORMAT, _VERSION = "everybit-plan-calibration", 2
 _NAMES = tuple(BOUNDS)
 # How far a fit may well be from its prior, as a standard deviation of the log.
 _FREE = {"memory": 0.15, "compute": 0.3, "overlap": 0.3, "attention": 0.4, "cache": 0.3, "sequence_s": 0.4, "link": 0.5}
 _FREE_OTHERS = 0.7
 # Scale of an error of each measure; first tokens are mostly queueing, and light loads are noise.
 _SCALES = {"ttft_s": 0.4, "tpot_s": 0.08, "e2e_s": 0.08}
+_CLOSE = 0.2  # scales of measures that tell the spread
 _PRIOR_RUNS = 4
+_SURE = NormalDist().inv_cdf(0.95)
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,19 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """`draws`: efficiencies of resampled measurements, for intervals."""
+
+    efficiency: Efficiency
+    draws: tuple[Efficiency, ...]
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """`draws`: efficiencies of resampled measurements, for intervals. `versions`: of the engine, as measured."""
+    """`efficiency`, `draws`: the fit of models without experts, of those with experts where no other was measured.
+
+    `routed`: the fit of models with experts, where both were measured. `versions`: of the engine, as measured.
+    """
 
     hardware: str
     engine: str
@@ -77,11 +91,20 @@ class Calibration:
     efficiency: Efficiency
     draws: tuple[Efficiency, ...]
     samples: int
+    routed: Fit | None = None
+
+    def of(self, model: Model) -> Fit:
+        """What holds for a model."""
+        found = self.routed if self.routed and is_routed(model) else Fit(self.efficiency, self.draws)
+        return replace(found, efficiency=found.efficiency.of(model))
 
     def save(self, path: str | Path) -> None:
         """Raises: SourceError where the file cannot be written"""
+        document = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+        partial = Path(f"{path}.partial")
         try:
-            Path(path).write_text(json.dumps({"format": _FORMAT, "version": 1, **asdict(self)}, indent=1), "utf-8")
+            partial.write_text(json.dumps(document, indent=1), "utf-8")
+            partial.replace(path)
         except OSError as error:
             raise SourceError(f"calibration {path}: cannot be written: {reason(error)}") from None
 
@@ -90,7 +113,7 @@ def read_calibration(path: str | Path) -> Calibration:
     """Raises: SourceError for a file that `Calibration.save` has not written"""
     try:
         found = json.loads(Path(path).read_text("utf-8"))
-        if found.pop("format") != _FORMAT or found.pop("version") != 1:
+        if found.pop("format") != _FORMAT or found.pop("version") != _VERSION:
             raise ValueError("another format or version")
         return Calibration(
             **{
@@ -98,6 +121,7 @@ def read_calibration(path: str | Path) -> Calibration:
                 "versions": tuple(found["versions"]),
                 "efficiency": _read_efficiency(found["efficiency"]),
                 "draws": tuple(map(_read_efficiency, found["draws"])),
+                "routed": None if found["routed"] is None else _read_fit(**found["routed"]),
             }
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -109,27 +133,65 @@ def read_calibration(path: str | Path) -> Calibration:
 def calibrate(samples: Sequence[Sample], prior: Efficiency, *, draws: int = 20, seed: int = 0) -> Calibration:
     """Fits one hardware and engine; what the samples say nothing of stays at the prior.
 
-    Raises: SourceError for no samples, mixed ones, or times that are not above 0
+    Models with experts are fitted apart from those without: one fit of both misses either by more, and its one spread
+    holds for neither. Raises: SourceError for no samples, mixed ones, or times that are not above 0
     """
     _check(samples)
+    versions, randomly = tuple(sorted({one.version for one in samples})), random.Random(seed)
+    families = [(routed, [one for one in samples if is_routed(one.model) == routed]) for routed in (False, True)]
+    first, *rest = (_fit_family(own, prior, routed, draws, randomly) for routed, own in families if own)
+    return Calibration(
+        samples[0].hardware.name,
+        samples[0].engine,
+        versions,
+        first.efficiency,
+        first.draws,
+        len(samples),
+        rest[0] if rest else None,
+    )
+
+
+class Judged(NamedTuple):
+    """Of times per token and to the end. `inside`: the share in the 90 % interval, which is a `factor` either way."""
+
+    median_error: float
+    inside: float
+    factor: float
+
+
+def judge(samples: Sequence[Sample], efficiency: Efficiency) -> Judged | None:
+    """How well efficiencies tell measured runs of one family; None where these have first tokens only."""
+    logs = []
+    for one in samples:
+        predicted = one.predict(efficiency)
+        for name, scale in _SCALES.items():
+            if scale < _CLOSE and (value := getattr(one, name)) is not None:
+                logs.append(abs(math.log(getattr(predicted, name) / value)))
+    if not logs:
+        return None
+    ratio = _SURE * efficiency.spread
+    return Judged(math.expm1(median(logs)), sum(one < ratio for one in logs) / len(logs), math.exp(ratio))
+
+
+def _fit_family(samples: Sequence[Sample], prior: Efficiency, routed: bool, draws: int, randomly: random.Random) -> Fit:
+    """Never further from its own runs than the prior is."""
     cases = [_Case(one, prior.ahead) for one in samples]
     fitted = _fit(cases, prior)
-    errors = [error * scale for error, scale in _errors(cases, fitted) if scale < 0.2]
-    spread = _spread(errors, prior.spread)
-    versions = tuple(sorted({one.version for one in samples}))
-    source = f"calibrated on {len(samples)} runs of {samples[0].hardware.name} x {samples[0].engine}"
-    fitted = replace(fitted, spread=spread, source=source)
-    randomly = random.Random(seed)
-    again = tuple(
-        replace(_fit(randomly.choices(cases, k=len(cases)), prior, fitted), spread=spread, source=source)
-        for _ in range(draws)
-    )
-    return Calibration(samples[0].hardware.name, samples[0].engine, versions, fitted, again, len(samples))
-
-
-def _spread(errors: Sequence[float], prior: float) -> float:
-    """Of few errors, which a fit makes small by itself, the prior's counts for `_PRIOR_RUNS` more."""
-    return math.sqrt((sum(e * e for e in errors) + _PRIOR_RUNS * prior**2) / (len(errors) + _PRIOR_RUNS))
+    if _square(cases, fitted) > _square(cases, prior):
+        fitted = prior  # the robust fit may leave outliers further away than they were
+    count = sum(scale < _CLOSE for _, scale in _errors(cases, fitted))
+    # Of few errors, which a fit makes small by itself, the prior's counts for some more.
+    before = prior.routed_spread if routed else prior.spread
+    spread = math.sqrt((_square(cases, fitted) + _PRIOR_RUNS * before**2) / (count + _PRIOR_RUNS))
+    others = max(prior.routed_spread, spread)  # what the fit is for the other family, nobody knows
+    told: dict[str, Any] = {
+        "spread": others if routed else spread,
+        "routed_spread": spread if routed else others,
+        "source": f"calibrated on {len(samples)} runs of {samples[0].hardware.name} x {samples[0].engine}, "
+        f"models with{'' if routed else 'out'} experts",
+    }
+    again = (_fit(randomly.choices(cases, k=len(cases)), prior, fitted) for _ in range(draws))
+    return Fit(replace(fitted, **told), tuple(replace(one, **told) for one in again))
 
 
 class _Case:
@@ -152,6 +214,11 @@ def _errors(cases: Sequence[_Case], efficiency: Efficiency) -> list[tuple[float,
         predicted = _latency(case.service, case.closed, efficiency)
         found += [((math.log(predicted[i]) - value) / scale, scale) for i, value, scale in case.measured]
     return found
+
+
+def _square(cases: Sequence[_Case], efficiency: Efficiency) -> float:
+    """The sum of squared log errors of the measures that tell the spread."""
+    return sum((error * scale) ** 2 for error, scale in _errors(cases, efficiency) if scale < _CLOSE)
 
 
 def _fit(cases: Sequence[_Case], prior: Efficiency, start: Efficiency | None = None) -> Efficiency:
@@ -195,6 +262,10 @@ def _check(samples: Sequence[Sample]) -> None:
             )
 
 
+def _read_fit(efficiency: Any, draws: Any) -> Fit:
+    return Fit(_read_efficiency(efficiency), tuple(map(_read_efficiency, draws)))
+
+
 def _read_efficiency(found: dict[str, Any]) -> Efficiency:
     known = {one.name for one in fields(Efficiency)}
     if set(found) != known:
@@ -202,6 +273,9 @@ def _read_efficiency(found: dict[str, Any]) -> Efficiency:
     for name, (low, high) in BOUNDS.items():
         if not low * 0.999 <= found[name] <= high * 1.001:
             raise ValueError(f"{name} {found[name]} outside {low} to {high}")
+    for name in ("spread", "routed_spread"):
+        if not 0 <= found[name] <= 5:
+            raise ValueError(f"{name} {found[name]} outside 0 to 5")
     products = None if found["products"] is None else Products(**_tuples(found["products"]))
     return Efficiency(**{**found, "weight_only": WeightOnly(**found["weight_only"]), "products": products})
 

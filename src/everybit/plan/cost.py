@@ -3,7 +3,7 @@
     t = max(flops / (peak * compute), bytes / (bandwidth * memory)), summed over operators
 
 Attention is apart: prompts by pairs of tokens, decoding by the bytes of its cache. Of experts, those are read that a
-batch wakes. Collectives take `link_s + 2 (N - 1) / N * bytes / (bandwidth * link)` (ring all-reduce).
+batch wakes. Collectives: `everybit.plan.collectives`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from everybit.errors import SourceError
+from everybit.plan.collectives import gather, levels, sends
 from everybit.plan.efficiency import FEW_ROWS, IDEAL, Efficiency
-from everybit.plan.hardware import Hardware, Link
+from everybit.plan.hardware import Hardware
 from everybit.plan.model import distinct_experts
 from everybit.plan.offload import Placement
 from everybit.plan.operators import Attention, Experts, Layer, Linear, Model
@@ -26,7 +27,7 @@ _OUTPUT_BYTES = 2  # activations between operators
 
 @dataclass(frozen=True, slots=True)
 class Parallel:
-    """`tp` devices share each operator, `pp` groups of them the layers, `dp` groups the requests.
+    """`tp` neighbours share each operator, `pp` groups of them the layers, `dp` groups the requests.
 
     Experts are spread over the tp * dp devices of a stage: over `ep` of them whole, over the rest cut as by tp.
     """
@@ -55,7 +56,8 @@ SINGLE = Parallel()
 class Work(NamedTuple):
     """`many` equal operators of a step on one device; times are at the card's peak.
 
-    `kind`: product (16 bits or more), narrow, weight_only, attention, cache (decoding's attention, states) or link.
+    `kind`: product (16 bits or more), narrow, weight_only, attention, cache (decoding's attention, states) or link, of
+    which `compute_s` counts the steps and `memory_s` the bytes.
     `flops`: the peak that `compute_s` is of. `linear`, `weights`: of products, and how many of its weights are read.
     """
 
@@ -116,7 +118,10 @@ class Cost:
         self.layers = sum(layer.count for layer in model.layers)
         self._bandwidth = hardware.main_memory.bytes_per_s
         self._placements = placements or {}
-        self._link = _link(hardware, parallel)
+        spread = any(layer.experts for layer in model.layers) and parallel.dp > 1
+        self._group = levels(hardware, parallel.tp)
+        self._all = levels(hardware, parallel.wide if spread else 1)
+        self._sends = sends(hardware, parallel.wide if spread else parallel.tp, parallel.pp)
         self._peaks: dict[tuple[float, float], tuple[float, int]] = {}
         if parallel.pp > self.layers:
             raise SourceError(f"{parallel.pp} pipeline stages for {self.layers} layers: expected at most one a layer")
@@ -154,9 +159,8 @@ class Cost:
             found += self._collectives(model, layer, rows)
         if model.head:
             found.append(self._linear(model, model.head, sampled or sequences, 1))
-        if self._link and parallel.pp > 1:
-            sent = rows * model.hidden * _OUTPUT_BYTES / self._link.bytes_per_s
-            found.append(Work("send", "link", parallel.pp - 1, 0.0, sent, rows))
+        sent = rows * model.hidden * _OUTPUT_BYTES
+        found += [Work("send", "link", many, one.hop_s, sent / one.bytes_per_s, rows) for many, one in self._sends]
         return found
 
     def _at(self, bits: int | None) -> Model:
@@ -173,7 +177,10 @@ class Cost:
             least = max(multiplied, 4 if stored < 6 else 8 if stored < 12 else 16)
             fits = [(name, width) for name, width in _WIDTHS if width >= least and name in self.hardware.flops]
             if not fits:
-                raise SourceError(f"card {self.hardware.name}: no FLOP/s of {least:g} bits or wider: add them")
+                raise SourceError(
+                    f"card {self.hardware.name}: multiplies {', '.join(self.hardware.flops)} only, but the model needs "
+                    f"{least:g} bits (attention always 16): add FLOP/s that wide to the card, or pass another"
+                )
             name, width = fits[0]
             self._peaks[key] = self.hardware.flops[name], width
         return self._peaks[key]
@@ -245,18 +252,17 @@ class Cost:
 
     def _collectives(self, model: Model, layer: Layer, rows: float) -> list[Work]:
         """One all-reduce after each mixer and each feed; experts under data parallelism gather and scatter over all."""
-        if self._link is None:
-            return []
-        tp, dp, found = self.parallel.tp, self.parallel.dp, []
-        row = model.hidden * _OUTPUT_BYTES / self._link.bytes_per_s
-        spread = bool(layer.experts) and dp > 1
-        ends = sum(linear.split == "row" for linear in layer.linears if not linear.name.startswith("shared_"))
-        if tp > 1:
-            times_ = ends + (bool(layer.experts) and not spread)
-            found.append(Work("all_reduce", "link", layer.count * times_, 0.0, 2 * (tp - 1) / tp * rows * row, rows))
+        found, spread = [], bool(layer.experts and self._all)
+        row_bytes = rows * model.hidden * _OUTPUT_BYTES
+        if self._group:
+            ends = sum(linear.split == "row" for linear in layer.linears if not linear.name.startswith("shared_"))
+            steps_s, bytes_s = gather(self._group, row_bytes)
+            many = layer.count * (ends + (bool(layer.experts) and not spread))
+            found.append(Work("all_reduce", "link", many, 2 * steps_s, 2 * bytes_s, rows))
         if spread:
-            wide = self.parallel.wide
-            found.append(Work("all_to_all", "link", layer.count * 2, 0.0, (wide - 1) / wide * rows * dp * row, rows))
+            found.append(
+                Work("all_to_all", "link", 2 * layer.count, *gather(self._all, row_bytes * self.parallel.dp), rows)
+            )
         return found
 
 
@@ -267,7 +273,7 @@ def times(works: Sequence[Work], e: Efficiency, layers: int, sequences: int, str
     few = e.weight_only
     for _, kind, many, compute_s, memory_s, rows, _, linear, weights in works:
         if kind == "link":
-            link += many * (e.link_s + memory_s / e.link)
+            link += many * (e.link_s + compute_s + memory_s / e.link)
             continue
         if linear and e.products:
             numbers = rows * (linear.into + linear.out) * weights / linear.weights
@@ -290,7 +296,3 @@ def times(works: Sequence[Work], e: Efficiency, layers: int, sequences: int, str
         else:
             memory += many * b
     return Times(compute, memory, cache, link, launch, stream_s)
-
-
-def _link(hardware: Hardware, parallel: Parallel) -> Link | None:
-    return hardware.link(parallel.devices if parallel.wide == 1 else parallel.wide) if parallel.devices > 1 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import tomllib
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from everybit.errors import SourceError
 from everybit.plan.hardware import Hardware
+from everybit.plan.operators import Model
 
 # Unbounded fits look good and fail on the next model: no share exceeds the peak.
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -88,8 +90,10 @@ class Efficiency:
     `attention`, `cache`: its arithmetic and its reading, of what products reach. Launches: `layer_s` of a layer,
     `step_s` of a step, `sequence_s` of a sequence in a step, `link_s` of a collective. `overlap`: how much of the
     others' prompts a decoded token waits for; `queue`: how much of them a prompt waits for; `first_s`: of a request
-    before its prompt runs. `ahead`: of an output's cache, the share that a running request holds. `spread`: standard
-    deviation of the log of a time predicted with these. `products`: where they are, linears take what these say.
+    before its prompt can run (HTTP, tokenizing). `ahead`: of an output's cache, the share that a running request holds.
+    `spread`, `routed_spread`: standard deviation of the log of a time predicted with these, for models without and with
+    experts. `known`: measured (on this very card), borrowed (from cards of its group) or assumed. `products`: where
+    they are, linears take what these say.
     """
 
     compute: float = 1.0
@@ -109,10 +113,25 @@ class Efficiency:
     weight_only: WeightOnly = WeightOnly()
     products: Products | None = None
     spread: float = 0.0
+    routed_spread: float = 0.0
+    known: str = "assumed"
     source: str = "peak figures of the card"
+
+    def of(self, model: Model) -> Efficiency:
+        """With the spread that holds for the model; the source says where that is wider."""
+        if not is_routed(model):
+            return self
+        wider = f"; experts widen the spread of logs from {self.spread:.2g} to {self.routed_spread:.2g}"
+        source = self.source + (wider if self.routed_spread > self.spread else "")
+        return replace(self, spread=self.routed_spread, source=source)
 
 
 IDEAL = Efficiency()
+
+
+def is_routed(model: Model) -> bool:
+    """Whether it has experts: fits of dense models miss such by far more."""
+    return any(layer.experts for layer in model.layers)
 
 
 def prior(hardware: Hardware, engine: str = "any") -> Efficiency:
@@ -126,8 +145,14 @@ def prior(hardware: Hardware, engine: str = "any") -> Efficiency:
         **engines[engine],
         **shipped["both"].get(group, {}).get(engine, {}),
     }
+    measured, related = values.pop("measured_on", []), values.pop("related", [])
     values["weight_only"] = WeightOnly(**values["weight_only"])
     values["source"] = f"prior of {group} x {engine}: {values['source']}"
+    values["known"] = "assumed" if not measured else "measured" if hardware.name in measured else "borrowed"
+    if values["known"] == "borrowed":
+        more = shipped["borrowed"]["related" if hardware.name in related else "others"]
+        values |= {name: math.hypot(values[name], more) for name in ("spread", "routed_spread")}
+        values["source"] += f"; {hardware.name} itself was not measured, so the spread is {values['spread']:.2g}"
     return replace(IDEAL, **values)
 
 

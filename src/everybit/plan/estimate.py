@@ -9,10 +9,10 @@ from statistics import NormalDist, pstdev
 from typing import NamedTuple
 
 from everybit.errors import SourceError
-from everybit.plan.calibrate import Calibration
+from everybit.plan.calibrate import Calibration, Fit
 from everybit.plan.cost import SINGLE, Cost, Parallel, Times, Work, times
 from everybit.plan.efficiency import Efficiency, prior
-from everybit.plan.hardware import Hardware, weakest
+from everybit.plan.hardware import Hardware, Price, weakest
 from everybit.plan.memory import device_weights, fit
 from everybit.plan.offload import Placement, pin_and_stream
 from everybit.plan.operators import Linear, Model
@@ -23,7 +23,6 @@ from everybit.plan.step import Step
 
 _COVERED = 0.9  # of the truth, by every interval
 _SURE = NormalDist().inv_cdf(0.5 + _COVERED / 2)
-_EXPERTS_SPREAD = 0.4  # priors are of dense models; measured, benchmarks/plan_accuracy.py
 _FIRST_SPREAD = 0.5  # first tokens are mostly queueing, which a closed form hides
 
 
@@ -32,8 +31,9 @@ class Estimate:
     """Of all devices. Rates are of output tokens; money, joules and CO2 count what reading the prompts takes, too.
 
     None: the card has no price or power, or no carbon intensity was given. `running`: clients that fit in memory at
-    once. `binding`: what decoding and prefill are limited by, and the share of the time that it takes. `source`: of the
-    efficiencies; `card`: how the weakest figure of the card is known.
+    once. `binding`: what decoding, prefill and the first token are limited by, and the share of the time that it takes.
+    `price`: of one device. `source`, `known`: of the efficiencies, which are calibrated, or the prior's (measured on
+    this card, borrowed from others of its group, assumed); `card`: how the weakest figure of the card is known.
     """
 
     model: str
@@ -52,7 +52,9 @@ class Estimate:
     joules_per_token: Interval | None
     gco2e_per_token: Interval | None
     binding: dict[str, tuple[str, float]]
+    price: Price | None
     source: str
+    known: str
     card: str
 
 
@@ -78,7 +80,8 @@ def estimate(
     `price`: a kind of the card's prices, or $/h of one device. `offload`: weights that do not fit are streamed.
     Raises: SourceError for what is impossible, with the arithmetic and the nearest that is possible
     """
-    efficiency, draws = _efficiencies(model, hardware, engine, calibration)
+    known = _efficiencies(model, hardware, engine, calibration)
+    efficiency = known.efficiency
     placement = _place(model, hardware, parallel, prompt + output, concurrency, efficiency) if offload else None
     service = compile_service(
         model,
@@ -94,14 +97,14 @@ def estimate(
     gain = _gain(model, hardware, parallel, service, efficiency, speculation) if speculation else 1.0
     decode, prefill = service.steps(efficiency)
     found = service.latency(efficiency, gain)
-    others = [service.latency(one, gain) for one in draws]
+    others = [service.latency(one, gain) for one in known.draws]
     ttft, tpot, e2e = (
         _interval(found[i], [one[i] for one in others], math.hypot(efficiency.spread, extra))
         for i, extra in enumerate((_FIRST_SPREAD, 0.0, 0.0))
     )
     tokens = _inverse(concurrency * output, e2e)
-    usd = _price(hardware, price)
-    joules = _joules(service, hardware, efficiency, power, gain)
+    paid = _price(hardware, price)
+    joules = _joules(service, hardware, efficiency, power, gain, found.e2e_s / concurrency / output)
     each = None if joules is None else _interval(joules, [], max(efficiency.spread, 0.15))  # 0.15: of the power curve
     return Estimate(
         model=model.name,
@@ -116,11 +119,17 @@ def estimate(
         tpot_s=tpot,
         e2e_s=e2e,
         tokens_per_s=tokens,
-        usd_per_mtok=None if usd is None else _inverse(usd * parallel.devices / 3600 * 1e6, tokens),
+        usd_per_mtok=None if paid is None else _inverse(paid.usd_per_h * parallel.devices / 3600 * 1e6, tokens),
         joules_per_token=each,
         gco2e_per_token=None if each is None or g_per_kwh is None else _carbon(each, g_per_kwh, pue),
-        binding={"decode": _binding(decode), "prefill": _binding(prefill)},
+        binding={
+            "decode": _binding(decode),
+            "prefill": _binding(prefill),
+            "first token": _longest(service.first(efficiency, gain)),
+        },
+        price=paid,
         source=efficiency.source,
+        known="calibrated" if calibration else efficiency.known,
         card=weakest(hardware),
     )
 
@@ -156,7 +165,7 @@ def roofline(
     calibration: Calibration | None = None,
 ) -> Roofline:
     """Where the operators of a decoding step and of one prompt lie. Raises: SourceError"""
-    efficiency, _ = _efficiencies(model, hardware, engine, calibration)
+    efficiency = _efficiencies(model, hardware, engine, calibration).efficiency
     cost = Cost(model, hardware, parallel, efficiency)
     flops, bandwidth = cost.peak(16, 16)[0], hardware.main_memory.bytes_per_s
     steps = (Step(decodes=(prompt,) * concurrency), Step(chunks=((prompt, 0),)))
@@ -165,19 +174,15 @@ def roofline(
 
 
 # --- parts
-def _efficiencies(
-    model: Model, hardware: Hardware, engine: str, calibration: Calibration | None
-) -> tuple[Efficiency, tuple[Efficiency, ...]]:
+def _efficiencies(model: Model, hardware: Hardware, engine: str, calibration: Calibration | None) -> Fit:
     if calibration is None:
-        found = prior(hardware, engine)
-        routed = any(layer.experts for layer in model.layers)
-        return replace(found, spread=max(found.spread, _EXPERTS_SPREAD)) if routed else found, ()
+        return Fit(prior(hardware, engine).of(model), ())
     if (calibration.hardware, calibration.engine) != (hardware.name, engine):
         raise SourceError(
             f"a calibration of {calibration.hardware} x {calibration.engine} arrived for {hardware.name} x {engine}: "
             "pass the one that was measured there"
         )
-    return calibration.efficiency, calibration.draws
+    return calibration.of(model)
 
 
 def _place(
@@ -237,29 +242,35 @@ def _inverse(numerator: float, one: Interval) -> Interval:
     return Interval(numerator / one.value, numerator / one.high, numerator / one.low)
 
 
-def _price(hardware: Hardware, price: str | float) -> float | None:
-    """$/h of one device; None where the card lists none of its kind."""
+def _price(hardware: Hardware, price: str | float) -> Price | None:
+    """Of one device; None where the card lists none of its kind."""
     if isinstance(price, str):
-        return hardware.price(price).usd_per_h if any(one.kind == price for one in hardware.prices) else None
+        return hardware.price(price) if any(one.kind == price for one in hardware.prices) else None
     if not 0 <= price <= 1000:
         raise SourceError(f"a price of {price!r} $/h arrived, expected that of one device, 0 to 1000: fix it")
-    return float(price)
+    return Price(float(price), "given", "the user", "", "given by the user")
 
 
 def _joules(
-    service: Service, hardware: Hardware, efficiency: Efficiency, power: Power | None, gain: float
+    service: Service, hardware: Hardware, efficiency: Efficiency, power: Power | None, gain: float, token_s: float
 ) -> float | None:
-    """Of one output token, on all devices: its share of a decoding step and of its prompt."""
+    """Of one output token, on all devices: its share of a decoding step and of its prompt, and their waiting.
+
+    `token_s`: from one token to the next. Devices that do not work in it (groups without a client, stages without a
+    batch, all while a lone request is tokenized) idle.
+    """
     if power is None and hardware.tdp_w is None:
         return None
-    curve = power or power_of(hardware)
-    joules = []
-    for works, one in zip((service.decode, service.prefill), service.steps(efficiency), strict=True):
+    curve, parallel = power or power_of(hardware), service.parallel
+    joules = busy_s = 0.0
+    shares = (1 / gain / service.batch, 1 / service.output)
+    for works, one, share in zip((service.decode, service.prefill), service.steps(efficiency), shares, strict=True):
         compute_s = sum(work.many * work.compute_s for work in works if work.kind != "link")
         memory_s = sum(work.many * work.memory_s for work in works if work.kind != "link")
-        joules.append(one.total_s * curve.watts(compute_s / one.total_s, memory_s / one.total_s))
-    group = service.parallel.tp  # a stage works on one of `pp` batches at a time
-    return group * (joules[0] / gain / service.batch + joules[1] / service.output)
+        device_s = one.total_s * share * parallel.tp  # a stage works on one of `pp` batches at a time
+        joules += device_s * curve.watts(compute_s / one.total_s, memory_s / one.total_s)
+        busy_s += device_s
+    return joules + curve.idle_w * max(0.0, parallel.devices * token_s - busy_s)
 
 
 def _carbon(joules: Interval, g_per_kwh: Interval, pue: float) -> Interval:
@@ -270,6 +281,11 @@ def _carbon(joules: Interval, g_per_kwh: Interval, pue: float) -> Interval:
 def _binding(one: Times) -> tuple[str, float]:
     parts = one.stream_s if one.stream_s == one.total_s else max(one[:5])
     return one.binding, parts / one.total_s
+
+
+def _longest(parts: dict[str, float]) -> tuple[str, float]:
+    name = max(parts, key=lambda name: parts[name])
+    return name, parts[name] / sum(parts.values())
 
 
 def _points(works: Sequence[Work], efficiency: Efficiency, bandwidth: float) -> Iterator[Point]:

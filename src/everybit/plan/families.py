@@ -20,12 +20,17 @@ from everybit.plan.operators import Attention, Experts, Layer, Linear, State
 Part = tuple[str, int, int, str]  # name, out, into, split
 BitsOf = Callable[[str, int | None, int, int], float]  # name, layer (None: outside), out, into -> stored bits a weight
 
-ENCODERS = frozenset(("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "t5", "mt5", "umt5"))
-_T5 = ("t5", "mt5", "umt5")
+T5 = frozenset(("t5", "mt5", "umt5"))
+ENCODERS = T5 | {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra"}
 _UNGATED = ENCODERS | {
     "gpt2", "gpt_neox", "gpt_neo", "gptj", "gpt_bigcode", "opt", "falcon", "bloom", "mpt", "phi", "starcoder2",
     "nemotron", "nemotron_h",
 }  # fmt: skip
+# What transformers 5 keeps in one module, as engines do; and routers that are linears there, not bare parameters.
+_ONE_QKV = ("gpt2", "gpt_bigcode", "gpt_neox", "falcon", "bloom", "mpt", "phi3", "baichuan", "internlm2")
+_ONE_GATE_UP = ("phi3", "glm", "glm4")
+_LINEAR_ROUTERS = ("llama4_text", "phimoe")
+_STATE_INS = {"qwen3_next": 2, "qwen3_5_text": 4, "qwen3_5_moe_text": 4}
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,33 @@ def read_layers(f: Fields, bits: BitsOf) -> tuple[Layer, ...]:
         parts = (mixer.parts if mixer else ()) + (feed.parts if feed else ())
         experts = None
         if feed and feed.count:
-            experts = Experts(_linears(feed.experts, i, bits), feed.count, feed.chosen)
+            experts = Experts(_linears(f, feed.experts, i, bits), feed.count, feed.chosen)
         attention, state = (mixer.attention, mixer.state) if mixer else (None, None)
-        found[Layer(1, _linears(parts, i, bits), attention, experts, state)] += 1
+        found[Layer(1, _linears(f, parts, i, bits), attention, experts, state)] += 1
     return tuple(Layer(n, one.linears, one.attention, one.experts, one.state) for one, n in found.items())
 
 
-def _linears(parts: tuple[Part, ...], layer: int, bits: BitsOf) -> tuple[Linear, ...]:
-    return tuple(Linear(name, out, into, bits(name, layer, out, into), split) for name, out, into, split in parts)
+def _linears(f: Fields, parts: tuple[Part, ...], layer: int, bits: BitsOf) -> tuple[Linear, ...]:
+    return tuple(
+        Linear(name, out, into, bits(name, layer, out, into), split, _modules(f, name))
+        for name, out, into, split in parts
+    )
+
+
+def _modules(f: Fields, name: str) -> int:
+    """Of a linear (`Linear.modules`). Experts are a parameter for up and one for down: an adapter each."""
+    match name:
+        case "qkv":
+            return 1 if f.family in _ONE_QKV else 3
+        case "up" | "shared_up":
+            return 2 if _gated(f) and f.family not in _ONE_GATE_UP else 1
+        case "state_in":
+            return _STATE_INS.get(f.family, 1)
+        case "index_k":
+            return 2
+        case "router":
+            return int(f.family in _LINEAR_ROUTERS)
+    return 0 if name == "scan" else 1
 
 
 # --- which layer has what
@@ -297,12 +321,15 @@ def _width(f: Fields) -> int:
 
 
 def _mlp(f: Fields, width: int, name: str = "", into: int | None = None) -> Feed:
-    gated = f.family not in _UNGATED
-    if f.family in _T5:
-        gated = f.text("feed_forward_proj", "relu").startswith("gated")
-        f.has("feed_forward_proj", "is_gated_act", "dense_act_fn")
     outer = into or hidden_size(f)
-    return Feed(((f"{name}up", width * (2 if gated else 1), outer, "column"), (f"{name}down", outer, width, "row")))
+    return Feed(((f"{name}up", width * (2 if _gated(f) else 1), outer, "column"), (f"{name}down", outer, width, "row")))
+
+
+def _gated(f: Fields) -> bool:
+    if f.family not in T5:
+        return f.family not in _UNGATED
+    f.has("feed_forward_proj", "is_gated_act", "dense_act_fn")
+    return f.text("feed_forward_proj", "relu").startswith("gated")
 
 
 def _experts(f: Fields, count: int) -> Feed:

@@ -22,6 +22,11 @@ def irrelevant() -> frozenset[str]:
     return frozenset((files("everybit.plan") / "configs" / "irrelevant.txt").read_text(encoding="utf-8").split())
 
 
+def shown(name: str) -> str:
+    """The name of a field as it stands, or what may be printed of it."""
+    return name if name.isidentifier() else show(name)
+
+
 class Fields:
     """One config object; a field that is null is absent. `where` names it in errors.
 
@@ -87,5 +92,7 @@ class Fields:
         said = {name for name, value in self.config.items() if value}
         left = said - self._read - irrelevant()
         return sorted(
-            name for name in left if not name.startswith(_IRRELEVANT_BEGINS) and not name.endswith(_IRRELEVANT_ENDS)
+            shown(name)
+            for name in left
+            if not name.startswith(_IRRELEVANT_BEGINS) and not name.endswith(_IRRELEVANT_ENDS)
         )

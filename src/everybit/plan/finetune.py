@@ -19,7 +19,6 @@ from everybit.plan.finetune_memory import (
     Parts,
     Recipe,
     activation_bytes,
-    active,
     active_weights,
     adapter_weights,
     base_bytes,
@@ -27,6 +26,7 @@ from everybit.plan.finetune_memory import (
     state_parts,
     trained_weights,
 )
+from everybit.plan.finetune_moe import MoeLaw, sparsity_of
 from everybit.plan.operators import Model
 
 
@@ -34,13 +34,15 @@ from everybit.plan.operators import Model
 class Devices:
     """`count` equal devices. `flops`: dense, of the type trained in. `mfu`: the share of it that all arithmetic, also
     what is recomputed, reaches. `network_bytes_per_s`: what a device sends to the others; None: no time is counted.
-    `reserve_bytes`: of the memory, for runtime and fragments. Prices and watts are of one device."""
+    `network_latency_s`: from one device to the next. `reserve_bytes`: of the memory, for runtime and fragments. Prices
+    and watts are of one device."""
 
     memory_bytes: float
     flops: float
     count: int = 1
     mfu: float = 0.4
     network_bytes_per_s: float | None = None
+    network_latency_s: float = 0.0
     reserve_bytes: float = 2e9
     usd_per_h: float = 0.0
     power_w: float = 0.0
@@ -51,13 +53,15 @@ class Devices:
 @dataclass(frozen=True, slots=True)
 class FinetuneCost:
     """`why`: what does not fit, and `nearest` the recipe that does; both None when it fits. Times and money are None
-    when it does not. `bound`: what the step waits for: compute, network, link or update."""
+    when it does not. `network_s`: of a step's collectives. `bound`: what the step waits for: compute, network, link or
+    update."""
 
     fits: bool
     parts: Parts
     trained: int
     batch: int
     step_s: float | None = None
+    network_s: float | None = None
     tokens_per_s: float | None = None
     seconds: float | None = None
     usd: float | None = None
@@ -68,8 +72,11 @@ class FinetuneCost:
     nearest: Recipe | None = None
 
 
-def finetune(model: Model, recipe: Recipe, devices: Devices, tokens: float) -> FinetuneCost:
+def finetune(model: Model, recipe: Recipe, devices: Devices, tokens: float, law: MoeLaw | None = None) -> FinetuneCost:
     """Cost of training on `tokens` in all (epochs counted).
+
+    `law`: of measured runs of this method on this card; what fits and how long the passes take are then by it, with all
+    that a device holds beside the weights under activations.
 
     A step takes max(compute, network, link) + what of the optimizer's update is not hidden beside them: ZeRO-Infinity's
     overlap (section 6.2) with the update's share after Fuyou and Deep Optimizer States.
@@ -77,11 +84,14 @@ def finetune(model: Model, recipe: Recipe, devices: Devices, tokens: float) -> F
     Raises: SourceError for options out of range, ModelError for a model without weights to train.
     """
     _check(model, recipe, devices, tokens)
-    found = _fit(model, recipe, devices)
+    if law and (recipe.zero or recipe.offload):
+        raise SourceError("a law of measured runs is of whole states on one device: leave out ZeRO and offload")
+    found = _fit(model, recipe, devices, law)
     if not found.fits:
-        others = _others(recipe, devices)
-        return replace(found, nearest=next((one for one in others if _fit(model, one, devices).fits), None))
-    step_s, bound = _step_s(model, recipe, devices, found)
+        others = [replace(recipe, batch=1)] if law else _others(recipe, devices)
+        return replace(found, nearest=next((one for one in others if _fit(model, one, devices, law).fits), None))
+    network_s = _network_s(model, recipe, devices, found.trained)
+    step_s, bound = _step_s(model, recipe, devices, found, network_s, law)
     step_tokens = found.batch * recipe.accumulate * recipe.sequence * devices.count
     seconds = step_s * math.ceil(tokens / step_tokens)
     hours = seconds / 3600 * devices.count
@@ -89,6 +99,7 @@ def finetune(model: Model, recipe: Recipe, devices: Devices, tokens: float) -> F
     return replace(
         found,
         step_s=step_s,
+        network_s=network_s,
         tokens_per_s=step_tokens / step_s,
         seconds=seconds,
         usd=hours * devices.usd_per_h,
@@ -98,13 +109,16 @@ def finetune(model: Model, recipe: Recipe, devices: Devices, tokens: float) -> F
     )
 
 
-def _fit(model: Model, recipe: Recipe, devices: Devices) -> FinetuneCost:
+def _fit(model: Model, recipe: Recipe, devices: Devices, law: MoeLaw | None) -> FinetuneCost:
     parts = replace(state_parts(model, recipe, devices.count), reserve=devices.reserve_bytes)
     each = activation_bytes(model, recipe.sequence, recipe.recompute)
+    if law:
+        parts = Parts(parts.weights, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        each = law.sequence_bytes(recipe.sequence, sparsity_of(model))
     most = max(0, math.floor((devices.memory_bytes - parts.fixed) / each))
     batch = recipe.batch or max(1, most)
     parts = replace(parts, activations=batch * each)
-    trained = trained_weights(model, recipe.method, recipe.rank)
+    trained = trained_weights(model, recipe)
     why = None
     if recipe.offload and parts.offloaded > recipe.offload.bytes:
         room = recipe.offload.bytes / 1e9
@@ -127,24 +141,44 @@ def _others(recipe: Recipe, devices: Devices) -> Iterator[Recipe]:
         yield replace(recipe, method=method, batch=batch, zero=zero, recompute=recompute, base_bits=bits)
 
 
-def _step_s(model: Model, recipe: Recipe, devices: Devices, found: FinetuneCost) -> tuple[float, str]:
+def _network_s(model: Model, recipe: Recipe, devices: Devices, trained: int) -> float:
+    """Of a step's collectives, rings over all devices, one of each kind for a layer.
+
+    ZeRO, section 7: gradients are reduced; weights are gathered once updated, or in both passes of stage 3. Without
+    stages it is an all-reduce, which is both.
+    """
+    count, rate = devices.count, devices.network_bytes_per_s
+    if count == 1 or rate is None:
+        return 0.0
+    gathers = 2 * recipe.accumulate if recipe.zero == 3 else 1
+    reductions = recipe.accumulate if recipe.zero >= 2 else 1
+    gathered = _stored_bytes(model, recipe, trained) if recipe.zero == 3 else 2.0 * trained
+    moved = gathers * gathered + reductions * 2.0 * trained
+    hops = (gathers + reductions) * sum(layer.count for layer in model.layers)
+    return (count - 1) * (moved / count / rate + hops * devices.network_latency_s)
+
+
+def _stored_bytes(model: Model, recipe: Recipe, trained: int) -> float:
+    return 2.0 * trained + (base_bytes(model, recipe) if recipe.method != "full" else 0.0)
+
+
+def _step_s(
+    model: Model, recipe: Recipe, devices: Devices, found: FinetuneCost, network_s: float, law: MoeLaw | None
+) -> tuple[float, str]:
     """Seconds from one update to the next, and what they wait for."""
-    times, after = {"compute": recipe.accumulate * _compute_s(model, recipe, devices, found)}, 0.0
-    count, trained = devices.count, found.trained
-    stored = base_bytes(model, recipe) if recipe.method != "full" else 0.0
-    stored += 2.0 * trained
-    if count > 1 and devices.network_bytes_per_s:
-        # ZeRO, section 7: gradients are reduced; weights are gathered once updated, or in both passes of stage 3.
-        gathered = 2.0 * stored * recipe.accumulate if recipe.zero == 3 else 2.0 * trained
-        reduced = 2.0 * trained * (recipe.accumulate if recipe.zero >= 2 else 1)
-        times["network"] = (gathered + reduced) * (count - 1) / count / devices.network_bytes_per_s
-    away = recipe.offload
+    if law:
+        batch_s = found.batch / law.queries_per_s(found.batch, sparsity_of(model))
+    else:
+        batch_s = _compute_s(model, recipe, devices, found)
+    times, after = {"compute": recipe.accumulate * batch_s, "network": network_s}, 0.0
+    count, trained, away = devices.count, found.trained, recipe.offload
     if away:
         ours = trained / (count if recipe.zero else 1)
         carried = 2.0 * ours * recipe.accumulate  # gradients out
         if away.weights:  # into the device in both passes, and once more to recompute
             passes = 3 if recipe.recompute == "full" else 2
-            carried += passes * recipe.accumulate * stored / (count if recipe.zero == 3 else 1)
+            stored = _stored_bytes(model, recipe, trained) / (count if recipe.zero == 3 else 1)
+            carried += passes * recipe.accumulate * stored
         update = 2.0 * (4.0 + OPTIMIZERS[recipe.optimizer]) * ours / away.bytes_per_s
         update += 0.0 if away.weights else 2.0 * ours / away.link_bytes_per_s  # new weights back
         speed = min(away.link_bytes_per_s, away.bytes_per_s) if away.weights else away.link_bytes_per_s
@@ -162,7 +196,7 @@ def _compute_s(model: Model, recipe: Recipe, devices: Devices, found: FinetuneCo
     passes = 4.0 if recipe.method != "full" else 6.0
     linear = (passes + (2.0 if recipe.recompute == "full" else 0.0)) * weights
     if recipe.method != "full":
-        linear += 6.0 * adapter_weights(model, recipe.rank, active)
+        linear += 6.0 * adapter_weights(model, recipe, token=True)
     scores = 0.0
     for layer in model.layers:
         if layer.attention:
@@ -185,6 +219,10 @@ def _check(model: Model, recipe: Recipe, devices: Devices, tokens: float) -> Non
             raise SourceError(f"{what} is '{value}': give one of {', '.join(known)}")
     if recipe.zero not in range(4):
         raise SourceError(f"zero is {recipe.zero}: give a stage from 0 to 3")
+    if recipe.method != "full" and recipe.rank > model.hidden:
+        raise SourceError(f"rank is {recipe.rank}: give at most {model.hidden}, the hidden size of '{model.name}'")
+    if recipe.experts and (recipe.method == "full" or not any(layer.experts for layer in model.layers)):
+        raise SourceError("adapters beside experts were asked: give lora or qlora, and a model that has experts")
     if recipe.method == "full" and recipe.base_bits is not None:
         raise SourceError(f"base_bits is {recipe.base_bits}: a full fine-tune has no frozen weights; leave it out")
     numbers: list[tuple[str, float | None]] = [
@@ -205,7 +243,9 @@ def _check(model: Model, recipe: Recipe, devices: Devices, tokens: float) -> Non
     for what, number in numbers:
         if number is not None and not (math.isfinite(number) and number > 0):
             raise SourceError(f"{what} is {number}: give more than 0")
-    for what in ("reserve_bytes", "usd_per_h", "power_w", "gco2_per_kwh"):
+    if recipe.base_bits is not None and recipe.base_bits > 64:
+        raise SourceError(f"base_bits is {recipe.base_bits}: give at most 64")
+    for what in ("network_latency_s", "reserve_bytes", "usd_per_h", "power_w", "gco2_per_kwh"):
         if not getattr(devices, what) >= 0:
             raise SourceError(f"{what} is {getattr(devices, what)}: give 0 or more")
     if devices.mfu > 1 or (recipe.offload and not 0 <= recipe.offload.hidden <= 1):

@@ -6,7 +6,6 @@ Sources: states and ZeRO stages, Rajbhandari et al. 2020 (arXiv 1910.02054); act
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from everybit.plan.operators import Layer, Linear, Model
@@ -37,7 +36,8 @@ class Offload:
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How to train. `zero`: stage 0 to 3. `batch`: sequences a device takes at once; None: as many as fit.
-    `accumulate`: such batches before an update. `base_bits`: of frozen weights; None: 16, or NF4's for qlora."""
+    `accumulate`: such batches before an update. `rank`: of adapters; `experts`: they are beside routed experts, too
+    (target_parameters of PEFT). `base_bits`: of frozen weights; None: 16, or NF4's for qlora."""
 
     method: str
     sequence: int
@@ -47,6 +47,7 @@ class Recipe:
     zero: int = 0
     recompute: str = "none"
     rank: int = 16
+    experts: bool = False
     base_bits: float | None = None
     offload: Offload | None = None
 
@@ -75,14 +76,19 @@ class Parts:
         return self.fixed + self.activations
 
 
-def trained_weights(model: Model, method: str, rank: int) -> int:
-    return model.parameters if method == "full" else adapter_weights(model, rank, every)
+def trained_weights(model: Model, recipe: Recipe) -> int:
+    return model.parameters if recipe.method == "full" else adapter_weights(model, recipe)
 
 
-def adapter_weights(model: Model, rank: int, of: Callable[[Layer], list[tuple[Linear, int]]]) -> int:
-    """Adapters of `rank` beside every linear of the layers, experts included, as QLoRA has it. A linear that stands for
-    several (qkv, gate and up) has one, as fused modules do. `of`: `every`, or those that are `active` for a token."""
-    return sum(n * layer.count * rank * (one.out + one.into) for layer in model.layers for one, n in of(layer))
+def adapter_weights(model: Model, recipe: Recipe, token: bool = False) -> int:
+    """Adapters as PEFT's "all-linear" puts them: beside each linear module of the layers as transformers has them,
+    which is not beside experts. `token`: those alone that one token meets."""
+    total = 0
+    for layer in model.layers:
+        met = active(layer) if token else every(layer)
+        adapted = met if recipe.experts else met[: len(layer.linears)]
+        total += layer.count * sum(n * (one.out + one.modules * one.into) for one, n in adapted if one.modules)
+    return recipe.rank * total
 
 
 def active_weights(model: Model) -> int:
@@ -93,7 +99,7 @@ def active_weights(model: Model) -> int:
 
 def state_parts(model: Model, recipe: Recipe, count: int) -> Parts:
     """What one of `count` devices keeps whatever the batch: 2 + 2 + 12 bytes a weight with AdamW, before ZeRO."""
-    trained, full = trained_weights(model, recipe.method, recipe.rank), recipe.method == "full"
+    trained, full = trained_weights(model, recipe), recipe.method == "full"
     base = 0.0 if full else base_bytes(model, recipe)
     weights = (base + 2.0 * trained) / (count if recipe.zero == 3 else 1)
     gradients = 2.0 * trained / (count if recipe.zero >= 2 else 1)
@@ -140,7 +146,7 @@ def _layer_bytes(model: Model, layer: Layer, sequence: int, recompute: str) -> f
 
 
 def every(layer: Layer) -> list[tuple[Linear, int]]:
-    """Each linear of one layer and how often it is there."""
+    """Each linear of one layer and how often it is there, those of experts last."""
     routed = [(linear, layer.experts.count) for linear in layer.experts.linears] if layer.experts else []
     return [(linear, 1) for linear in layer.linears] + routed
 

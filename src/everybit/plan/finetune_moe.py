@@ -1,4 +1,4 @@
-"""Fine-tuning a mixture of experts on one device: the batch and throughput laws of Xia et al. 2024 (arXiv 2408.04693).
+"""Fine-tuning a mixture of experts: the batch and throughput laws of one device, Xia et al. 2024 (arXiv 2408.04693).
 
 batch = floor(c0 * (memory - model) / (sequence * ((1 - c1) + c1 * sparsity))), and queries/s = c2 * ln(batch^(1 /
 (sparsity * c3))) + c4. `sparsity` is the share of experts that a token takes, 1 in a dense model. c2 and c3 occur only
@@ -7,13 +7,17 @@ as their ratio: a fit sets c3 to 1.
 
 from __future__ import annotations
 
+import csv
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
-from everybit.errors import SourceError
+from everybit.errors import ModelError, SourceError, reason
+from everybit.plan.operators import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +44,16 @@ class MoeLaw:
 
     def batch(self, memory_bytes: float, model_bytes: float, sequence: int, sparsity: float) -> int:
         """0 where the model does not fit. Raises: SourceError"""
-        _check(sequence=sequence, sparsity=sparsity)
-        room = self.c0 * (memory_bytes - model_bytes) / (sequence * (1 - self.c1 + self.c1 * sparsity))
+        room = (memory_bytes - model_bytes) / self.sequence_bytes(sequence, sparsity)
         return max(0, math.floor(room * (1 + 1e-9)))
+
+    def sequence_bytes(self, sequence: int, sparsity: float) -> float:
+        """What a sequence takes beside the model; states of the optimizer are in it. Raises: SourceError"""
+        _check(sequence=sequence, sparsity=sparsity)
+        found = sequence * (1 - self.c1 + self.c1 * sparsity) / self.c0
+        if found <= 0:
+            raise SourceError(f"the law gives {found:.3g} bytes a sequence at sparsity {sparsity:.3g}: fit other runs")
+        return found
 
     def queries_per_s(self, batch: int, sparsity: float) -> float:
         """Raises: SourceError, also where the law comes to nothing or less"""
@@ -52,9 +63,32 @@ class MoeLaw:
             raise SourceError(f"the law gives {found:.3g} queries/s at batch {batch}: it was fitted for other runs")
         return found
 
-    def usd(self, queries: float, batch: int, sparsity: float, usd_per_h: float) -> float:
-        """Of `queries` in all, epochs counted."""
-        return queries / self.queries_per_s(batch, sparsity) / 3600 * usd_per_h
+
+def sparsity_of(model: Model) -> float:
+    """Raises: ModelError for a model without experts"""
+    routed = [layer.experts for layer in model.layers if layer.experts]
+    if not routed:
+        raise ModelError(f"'{model.name}' has no experts, and the law of runs is of models that have: leave it out")
+    return max(one.chosen / one.count for one in routed)
+
+
+def read_moe_runs(path: str | os.PathLike[str]) -> list[MoeRun]:
+    """Of a table (csv) with the fields of `MoeRun` as its header. Raises: SourceError"""
+    names = {one.name: int if one.type == "int" else float for one in fields(MoeRun)}
+    runs = []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file)
+            if missing := set(names).difference(table.fieldnames or ()):
+                raise SourceError(f"{path}: no column {min(missing)}, expected {', '.join(names)}: add it")
+            for row in table:
+                values: dict[str, Any] = {name: read(row[name]) for name, read in names.items()}
+                runs.append(MoeRun(**values))
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {reason(error)}") from None
+    except (ValueError, TypeError, csv.Error) as error:
+        raise SourceError(f"{path}: not a table of numbers ({reason(error)}): write {', '.join(names)}") from None
+    return runs
 
 
 def fit_moe_law(rows: Sequence[MoeRun]) -> MoeLaw:

@@ -6,6 +6,7 @@ any way, and quotas, spot, power, carbon and quality are limits of the same prog
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +17,15 @@ from everybit.errors import SourceError
 from everybit.plan.fleet_inputs import Bucket, Limits, ReplicaType, check
 from everybit.plan.fleet_milp import Allocation, FleetProblem
 
-_ROUGH = 1e-3  # the solver's gap for what is only compared; savings below twice that part of the bill are none
+_ROUGH = 5e-3  # the solver's gap for what is only compared
+_LEAST = 2e-3  # of the bill: savings below are none
+_EQUAL = 1.001  # the solver's own gap, and more
 
 
 @dataclass(frozen=True, slots=True)
 class Binding:
     """A limit that costs money: `saves_usd_per_h` if it is gone, `relaxed_saves_usd_per_h` if it is `relaxed` instead
-    of `value`. Both are of the objective, the price of CO2 included."""
+    of `value`. Both are of the objective, the price of CO2 included, and may be more by 0.5 % of the bill."""
 
     limit: str
     value: float
@@ -36,7 +39,8 @@ class Fleet:
     """`counts`: replicas of the types in use. `split`: for each bucket, the share of its requests by type.
 
     `usd_per_h` is the rent, `co2_usd_per_h` what its CO2 adds; no plan costs less than `bound_usd_per_h` in all.
-    `loads`: the part of the time that a working replica is busy, spares not counted, at most `utilisation`.
+    `loads`: the part of the time that a working replica is busy, spares not counted, at most `utilisation`. `power_w`,
+    `gco2_per_h`: at these loads; `peak_w`: at worst.
     `spot_risk`: the part of the time in which more than the spared replicas are gone, if they go independently of each
     other; they rarely do, so it is a lower bound. `runner_up`: the cheapest that does without one of the types.
     """
@@ -75,7 +79,7 @@ def plan_fleet(
 ) -> Fleet:
     """The cheapest fleet within `limits`.
 
-    `verify`: a simulation of the fleet: true, or at least 1, if it keeps the SLO. Otherwise the fleet is planned anew
+    `verify`: as those of `fleet_checks`: true, or at least 1, if the fleet keeps the SLO. Otherwise it is planned anew
     under a utilisation that is `tighten` of the last, or less if a number below that was answered (no less than half),
     up to `rounds` times.
     `slices`: Melange's way: each bucket in so many equal parts that are not split. `limit_s`: for each program.
@@ -105,9 +109,26 @@ def plan_fleet(
         factor = tighten if isinstance(answer, bool | np.bool_) else min(tighten, max(0.5, answer))
         limits = replace(limits, utilisation=limits.utilisation * factor)
     raise SourceError(
-        f"no fleet held in {rounds} simulations down to utilisation {limits.utilisation / factor:.3g}: the SLO may be "
+        f"no fleet held in {rounds} rounds down to utilisation {limits.utilisation / factor:.3g}: the SLO may be "
         "out of reach of these replica types even when idle; loosen it or give more rounds"
     )
+
+
+def finest(demand: Sequence[Bucket], types: Sequence[ReplicaType], limits: Limits, *, limit_s: float = 30.0) -> Limits:
+    """The limits with the highest floor of quality that costs no more: the program itself does not prefer quality.
+
+    Raises: SourceError where there is a choice of floors and no fleet is possible
+    """
+    least = -math.inf if limits.least_quality is None else limits.least_quality
+    floors = sorted({one.quality for one in types if one.quality >= least}, reverse=True)[:-1]
+    if not floors:
+        return limits
+    most_cost = plan_fleet(demand, types, limits, limit_s=limit_s).cost_usd_per_h * _EQUAL
+    for floor in floors:
+        finer = replace(limits, least_quality=floor)
+        if FleetProblem(demand, types, finer).solve(limit_s, gap=1.0, most_cost=most_cost):
+            return finer
+    return limits
 
 
 @dataclass(frozen=True)
@@ -129,23 +150,20 @@ class _Planner:
     def binding(self, fleet: Fleet, limits: Limits) -> tuple[Binding, ...]:
         """The limits without which the fleet is cheaper, dearest first."""
         found = []
-        for name in [*limits.names, "utilisation"]:
+        bare = functools.reduce(lambda some, name: some.changed(name, None), limits.names, limits)
+        costly = bool(limits.names) and self._saves(fleet, bare) > 0  # all together: mostly none does, soon seen
+        for name in [*(limits.names if costly else ()), "utilisation"]:
             gone = limits.changed(name, 1.0 if name == "utilisation" else None)
-            saves = self._saves(fleet, gone)
-            if saves:
+            if saves := self._saves(fleet, gone):
                 value = limits.relaxed(name)
                 less = self._saves(fleet, limits.changed(name, value))
-                found.append(Binding(name, limits.value(name), saves, value, less))
+                found.append(Binding(name, limits.value(name), max(saves, less), value, less))
         return tuple(sorted(found, key=lambda one: -one.saves_usd_per_h))
 
     def _saves(self, fleet: Fleet, limits: Limits) -> float:
-        cost, problem = fleet.cost_usd_per_h, self.problem(limits)
-        for relaxed in (True, False):  # the bound takes a tenth of the time and mostly settles it
-            found = problem.solve(self.limit_s, gap=_ROUGH, relaxed=relaxed)
-            saves = cost - found.cost if found else 0.0
-            if saves <= 2 * _ROUGH * cost:
-                return 0.0
-        return saves
+        cost = fleet.cost_usd_per_h
+        found = self.problem(limits).solve(self.limit_s, gap=_ROUGH, most_cost=cost * (1 - _LEAST))
+        return cost - found.cost if found else 0.0
 
     def runner_up(self, fleet: Fleet, limits: Limits) -> Fleet | None:
         return self.plan(limits, missing=list(fleet.counts), gap=_ROUGH)
@@ -198,21 +216,27 @@ def _outwards(value: float, up: bool) -> float:
 
 
 def _fleet(types: Sequence[ReplicaType], limits: Limits, problem: FleetProblem, found: Allocation) -> Fleet:
+    busy = (problem.load * found.split).sum(0)  # replicas at their rates
+
     def whole(what: str) -> float:
         return float(sum(n * getattr(one, what) for n, one in zip(found.counts, types, strict=True)))
 
+    def under_load(what: str) -> float:
+        parts = zip(found.counts, busy, types, strict=True)
+        return float(sum(getattr(one, what) * (n * one.base_share + b * (1 - one.base_share)) for n, b, one in parts))
+
     used = [(place, one) for place, one in enumerate(types) if found.counts[place]]
     share = problem.rate @ found.split / problem.rate.sum()
-    busy = (problem.load * found.split).sum(0)
+    gco2_per_h = under_load("gco2_per_h")
     return Fleet(
         counts={one.name: int(found.counts[place]) for place, one in used},
         split=tuple({one.name: float(row[place]) for place, one in used if row[place] > 1e-9} for row in found.split),
         usd_per_h=whole("usd_per_h"),
-        co2_usd_per_h=whole("gco2_per_h") / 1e6 * limits.co2_usd_per_t,
+        co2_usd_per_h=gco2_per_h / 1e6 * limits.co2_usd_per_t,
         bound_usd_per_h=found.bound,
-        power_w=whole("power_w"),
+        power_w=under_load("power_w"),
         peak_w=whole("peak_w"),
-        gco2_per_h=whole("gco2_per_h"),
+        gco2_per_h=gco2_per_h,
         mean_quality=float(share @ np.array([one.quality for one in types])),
         loads={one.name: float(busy[place] / (found.counts[place] - problem.spare[place])) for place, one in used},
         utilisation=limits.utilisation,

@@ -10,6 +10,7 @@ from typing import Any
 from everybit.errors import SourceError
 
 _QUOTA = "quota "  # names the quota of one hardware kind: "quota h100"
+_MOST_INTERRUPTIONS = 10  # an hour, as of cards
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,9 @@ class ReplicaType:
 
     `rates`: for each bucket, the most requests/s that one replica serves of that bucket alone while it keeps the SLO;
     0 where it cannot. Mixed traffic is assumed to take the sum of its shares of time.
-    `power_w`, `peak_w`, `capped_w`: expected under load; the most that it can draw; what a power cap holds it to
-    (None: it has no cap, and its peak counts).
+    `power_w`, `base_w`: expected at those rates, and as the load goes to 0; in between it grows evenly, and so do
+    `gco2_per_h`, which are those at `power_w` (None: the load changes neither). `peak_w`: the most that it can draw.
+    `capped_w`: what it is held to while the budget of power is short (None: nothing, its peak counts).
     `interruptions_per_h`, `recovery_s`: how often the provider takes a spot replica, and how long until one is back.
     """
 
@@ -49,6 +51,12 @@ class ReplicaType:
     spot: bool = False
     interruptions_per_h: float = 0.0
     recovery_s: float = 0.0
+    base_w: float | None = None
+
+    @property
+    def base_share(self) -> float:
+        """The part of its power that it draws without load."""
+        return 1.0 if self.base_w is None or not self.power_w else self.base_w / self.power_w
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,8 @@ class Limits:
     nothing of more than k at once, and providers often take a whole pool back together: `on_demand_share` is the answer
     to that.
     `power_w`: budget of the whole fleet; every replica's peak must fit, or, with `oversubscribed`, the expected draw of
-    all and what they draw when all are capped (POLCA, Patel et al. 2023). Capped replicas are slower than their rates,
-    so oversubscription keeps the SLO only as long as caps are rare.
+    all under their load and what they draw when all are capped (POLCA, Patel et al. 2023). Replicas that are held to
+    `capped_w` are slower than their rates, so oversubscription keeps the SLO only as long as that is rare.
     `least_quality`: types below are not used. `mean_quality`: over requests.
     `co2_usd_per_t`: what a tonne adds to the bill that is minimised.
     """
@@ -122,6 +130,8 @@ def check(demand: Sequence[Bucket], types: Sequence[ReplicaType], limits: Limits
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
         raise SourceError(f"two replica types are called '{double}': names must differ")
+    if limits.oversubscribed and all(one.capped_w is None for one in types):
+        raise SourceError("oversubscribed counts capped_w instead of peaks, but no replica type has one: leave it out")
     for one in types:
         _check_type(one, len(demand))
     _check_limits(limits)
@@ -134,12 +144,21 @@ def _check_type(one: ReplicaType, buckets: int) -> None:
         raise SourceError(f"'{one.name}' has {one.devices} devices: give at least 1")
     if not math.isfinite(one.quality):
         raise SourceError(f"'{one.name}' has a quality of {one.quality}: give a number")
-    for what in ("usd_per_h", "power_w", "peak_w", "capped_w", "gco2_per_h", "interruptions_per_h", "recovery_s"):
+    watts = ("power_w", "base_w", "peak_w", "capped_w")
+    for what in ("usd_per_h", *watts, "gco2_per_h", "interruptions_per_h", "recovery_s"):
         value = getattr(one, what)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise SourceError(f"'{one.name}' has {what} = {value}: give 0 or more")
     if not all(math.isfinite(rate) and rate >= 0 for rate in one.rates):
         raise SourceError(f"'{one.name}' has a rate below 0 or not finite: give requests/s, 0 where it cannot serve")
+    if one.interruptions_per_h > _MOST_INTERRUPTIONS:
+        raise SourceError(
+            f"'{one.name}' is taken {one.interruptions_per_h:g} times an hour: give {_MOST_INTERRUPTIONS} at most"
+        )
+    if one.base_w is not None and one.base_w > one.power_w:
+        raise SourceError(
+            f"'{one.name}' draws {one.base_w} W without load, {one.power_w} W with: give no more than that"
+        )
     if one.peak_w < one.power_w or (one.capped_w is not None and one.capped_w > one.peak_w):
         raise SourceError(
             f"'{one.name}' draws {one.power_w} W, {one.capped_w} W capped: neither may pass {one.peak_w} W, its peak"

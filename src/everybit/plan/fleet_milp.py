@@ -23,6 +23,7 @@ from everybit.errors import SourceError
 from everybit.plan.fleet_inputs import Bucket, Limits, ReplicaType
 
 _INFEASIBLE = 2  # scipy's status
+_GAP = 1e-4  # of the bill, between the plan and the bound
 
 
 @contextmanager
@@ -74,16 +75,19 @@ class FleetProblem:
         self.load = np.divide(self.rate[:, None], rates, out=np.zeros_like(rates), where=self.can)  # in replicas
         self.missing = np.array([one.name in missing for one in types])
         self.spare = np.array([limits.spot_losses if one.spot else 0 for one in types])
-        self.cost = np.array([one.usd_per_h + one.gco2_per_h / 1e6 * limits.co2_usd_per_t for one in types])
-        self.rows = dict(_rows(self, types))
+        base = np.array([one.base_share for one in types])
+        co2_usd = np.array([one.gco2_per_h for one in types]) / 1e6 * limits.co2_usd_per_t
+        self.cost = np.array([one.usd_per_h for one in types]) + co2_usd * base
+        self.load_cost = self.load * co2_usd * (1 - base)
+        self.rows = _rows(self, types)
 
     def solve(
-        self, limit_s: float, elastic: str | None = None, gap: float = 1e-4, relaxed: bool = False
+        self, limit_s: float, elastic: str | None = None, gap: float = _GAP, most_cost: float | None = None
     ) -> Allocation | None:
-        """The cheapest allocation to within a part `gap`, or None if there is none. `relaxed`: counts need not be whole
-        in the program, so that `cost` is no more than that of any plan; the counts that come back mean nothing.
+        """The cheapest allocation to within a part `gap`, or None if there is none.
 
         `elastic`: a limit of `rows` that may be broken; then `cost` is by how much it must be, and money is no matter.
+        `most_cost`: dearer ones do not count, nor do such that are not found in time; far faster where there is none.
 
         Raises: SourceError if the time is over before any allocation was found.
         """
@@ -94,7 +98,10 @@ class FleetProblem:
         most = np.ceil(self.load.sum(0) / self.limits.utilisation - 1e-9)  # a type that serves all that it can
         upper = np.concatenate([self.can.ravel() * float(self.slices or 1), most, np.ones(kinds), [np.inf]])
         whole = np.concatenate([np.full(cells, self.slices is not None), np.ones(2 * kinds), [False]]).astype(int)
-        objective = np.concatenate([np.zeros(cells), self.cost, self.cost * self.spare, [0.0]])
+        cost = np.concatenate([self.load_cost.ravel() / (self.slices or 1), self.cost, self.cost * self.spare, [0.0]])
+        constraints, objective = self._constraints(most, elastic), cost
+        if most_cost is not None:
+            constraints.append(LinearConstraint(cost, -np.inf, most_cost))
         if elastic:
             objective = np.eye(1, len(objective), len(objective) - 1)[0]
         else:
@@ -102,13 +109,13 @@ class FleetProblem:
         with _silence():
             found = milp(
                 objective,
-                integrality=whole * (not relaxed),
+                integrality=whole,
                 bounds=Bounds(0, upper),
-                constraints=self._constraints(most, elastic),
+                constraints=constraints,
                 options={"time_limit": limit_s, "mip_rel_gap": gap},
             )
         if found.x is None:
-            if found.status == _INFEASIBLE:
+            if found.status == _INFEASIBLE or most_cost is not None:
                 return None
             raise SourceError(f"no fleet was found within {limit_s:g} s: give more time, fewer buckets or fewer types")
         split = found.x[:cells].reshape(buckets, kinds) / (self.slices or 1)
@@ -121,16 +128,18 @@ class FleetProblem:
 
     def spread(self, found: Allocation) -> Allocation:
         """The same replicas with traffic spread so that the busiest type is as idle as can be. A vertex of the program
-        loads some types to the limit and leaves others empty."""
+        loads some types to the limit and leaves others empty. CO2 that is paid for may grow by the gap of the bill."""
         if self.slices is not None:
             return found
         buckets, kinds = self.can.shape
         working = np.maximum(found.counts - self.spare, 0).astype(float)
         blocks, most = [sparse.hstack([self._loads(), -working[:, None]])], [np.zeros(kinds)]
-        for row in self.rows.values():
-            if row.share is not None:
-                blocks.append(sparse.csr_array(np.append(row.cells(self), 0.0)[None]))
-                most.append(np.array([row.most]))
+        rows = [(row.cells, row.most - row.each @ found.counts) for _, row in self.rows]
+        rows.append((self.load_cost, (self.load_cost * found.split).sum() + _GAP * found.cost))
+        for cells, left in rows:
+            if cells.any():
+                blocks.append(sparse.csr_array(np.append(cells.ravel(), 0.0)[None]))
+                most.append(np.array([left]))
         result = linprog(
             np.eye(1, buckets * kinds + 1, buckets * kinds)[0],
             A_ub=sparse.vstack(blocks),
@@ -172,50 +181,53 @@ class FleetProblem:
         if self.missing.any():
             line = np.concatenate([np.zeros(cells + kinds), self.missing, [0.0]])
             found.append(LinearConstraint(line, -np.inf, self.missing.sum() - 1))
-        for name, row in self.rows.items():
-            line = np.concatenate([row.cells(self) / scale, row.each, row.each * self.spare, [-float(name == elastic)]])
+        for name, row in self.rows:
+            over = [-float(name == elastic)]
+            line = np.concatenate([row.cells.ravel() / scale, row.each, row.each * self.spare, over])
             found.append(LinearConstraint(line, -np.inf, row.most))
         return found
 
 
 @dataclass(frozen=True)
 class Row:
-    """A limit as a line: the sum of `each` [types] over replicas, or of `share` [types] over requests, is at most
+    """A limit as a line: the sum of `each` [types] over replicas and of `cells` [buckets, types] over shares is at most
     `most`."""
 
     each: np.ndarray[Any, np.dtype[np.float64]]
-    share: np.ndarray[Any, np.dtype[np.float64]] | None
+    cells: np.ndarray[Any, np.dtype[np.float64]]
     most: float
-
-    def cells(self, problem: FleetProblem) -> np.ndarray[Any, np.dtype[np.float64]]:
-        if self.share is None:
-            return np.zeros(problem.can.size)
-        return np.outer(problem.rate / problem.rate.sum(), self.share).ravel()
 
 
 def _rows(problem: FleetProblem, types: Sequence[ReplicaType]) -> list[tuple[str, Row]]:
-    """Each limit by its name, but the quality floor, which bars types."""
-    limits, none = problem.limits, np.zeros(len(types))
+    """Each limit by its name, but the quality floor, which bars types; power may have two."""
+    limits, kinds = problem.limits, len(types)
+    none, idle = np.zeros(kinds), np.zeros_like(problem.load)
+
+    def each(what: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.array([float(getattr(one, what)) for one in types])
+
+    def grows(full: np.ndarray[Any, Any], most: float) -> Row:
+        """Of what grows with the load, up to `full` [types]."""
+        base = full * each("base_share")
+        return Row(base, problem.load * (full - base), most)
+
+    def of_requests(share: np.ndarray[Any, Any], most: float) -> Row:
+        return Row(none, np.outer(problem.rate / problem.rate.sum(), share), most)
+
     rows = []
-    for kind, most in limits.quotas.items():
-        devices = np.array([float(one.devices) if one.hardware == kind else 0.0 for one in types])
-        rows.append((f"quota {kind}", Row(devices, None, most)))
+    for kind, quota in limits.quotas.items():
+        rows.append((f"quota {kind}", Row(each("devices") * [one.hardware == kind for one in types], idle, quota)))
     if limits.power_w is not None:
-        rows.append(("power_w", Row(np.array([_drawn(one, limits) for one in types]), None, limits.power_w)))
+        held = np.array([bool(limits.oversubscribed and one.capped_w is not None) for one in types])
+        capped = np.array([one.peak_w if one.capped_w is None else one.capped_w for one in types])
+        rows.append(("power_w", Row(np.where(held, capped, each("peak_w")), idle, limits.power_w)))
+        if held.any():
+            expected = grows(held * each("power_w"), limits.power_w)
+            rows.append(("power_w", Row(expected.each + ~held * each("peak_w"), expected.cells, limits.power_w)))
     if limits.gco2_per_h is not None:
-        rows.append(("gco2_per_h", Row(np.array([one.gco2_per_h for one in types]), None, limits.gco2_per_h)))
+        rows.append(("gco2_per_h", grows(each("gco2_per_h"), limits.gco2_per_h)))
     if limits.on_demand_share is not None:
-        spot = np.array([float(one.spot) for one in types])
-        rows.append(("on_demand_share", Row(none, spot, 1 - limits.on_demand_share)))
+        rows.append(("on_demand_share", of_requests(each("spot"), 1 - limits.on_demand_share)))
     if limits.mean_quality is not None:
-        short = np.array([limits.mean_quality - one.quality for one in types])
-        rows.append(("mean_quality", Row(none, short, 0.0)))
+        rows.append(("mean_quality", of_requests(limits.mean_quality - each("quality"), 0.0)))
     return rows
-
-
-def _drawn(one: ReplicaType, limits: Limits) -> float:
-    """Watts of a replica that the budget must hold. Oversubscribed, neither the expected sum nor the capped one may
-    pass it; the larger of the two for each replica is on the safe side of both."""
-    if not limits.oversubscribed or one.capped_w is None:
-        return one.peak_w
-    return max(one.power_w, one.capped_w)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import math
 import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
@@ -31,6 +30,12 @@ DTYPES = ("fp32", "tf32", "bf16", "fp16", "fp8", "int8", "fp4", "int4")
 KINDS = ("gpu", "cpu", "accelerator")
 LINKS = ("nvlink", "nvswitch", "xgmi", "ici", "pcie", "infiniband", "ethernet", "upi")
 PRICES = ("on-demand", "spot", "reserved")
+
+# Seconds of one step over a link whose card tells none. NVLink: H100's, measured (its card). The others keep the ratios
+# of the hops (trees of short messages) that NCCL's own cost model assumes, src/graph/tuning.cc: NVLink 0.52, PCIe 1.0,
+# network 5.0 us. xgmi, ici and upi are assumed like NVLink, Ethernet like InfiniBand.
+_HOPS_S = {"pcie": 1.7e-6, "infiniband": 8.4e-6, "ethernet": 8.4e-6}
+_HOP_S = 0.87e-6
 
 _CARDS = resources.files("everybit.plan") / "cards"
 _GIB = 2**30
@@ -62,6 +67,11 @@ class Link:
     bytes_per_s: float
     devices: int
     latency_s: float | None = None
+
+    @property
+    def hop_s(self) -> float:
+        """Of one step of a collective: the card's, or what is usual for the kind."""
+        return _HOPS_S.get(self.kind, _HOP_S) if self.latency_s is None else self.latency_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +219,7 @@ def _parse(content: bytes, origin: str) -> Hardware:
     where = f"card {origin}"
     try:
         data = tomllib.loads(content.decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers of thousands of digits
         raise SourceError(f"{where}: not TOML: {reason(error)}") from None
     for key, cls in _NESTED.items():
         rows = data.get(key, [])
@@ -223,6 +233,7 @@ def _parse(content: bytes, origin: str) -> Hardware:
         }
     data.setdefault("flops", {})
     hardware: Hardware = _build(Hardware, data, where)
+    _check_links(hardware)
     return hardware
 
 
@@ -230,7 +241,7 @@ def _build(cls: type, data: Any, where: str) -> Any:
     """A dataclass from a table of TOML. Raises: SourceError for a key that is unknown or missing, or of another type"""
     known = {one.name: one for one in fields(cls)}
     if not isinstance(data, dict):
-        raise SourceError(f"{where}: {data!r} is not a table with {_words(known)}")
+        raise SourceError(f"{where}: {_said(data)} is not a table with {_words(known)}")
     if unknown := sorted(set(data) - set(known)):
         raise SourceError(f"{where}: unknown {_words(unknown)}; expected some of {_words(known)}")
     if missing := [name for name, one in known.items() if one.default is MISSING and name not in data]:
@@ -239,13 +250,33 @@ def _build(cls: type, data: Any, where: str) -> Any:
         expected = str(known[name].type).removesuffix(" | None")
         fits = {"float": _is_number(value), "int": type(value) is int, "str": isinstance(value, str)}
         if not fits.get(expected, isinstance(value, dict | tuple)):
-            raise SourceError(f"{where}: {name} is {value!r}, expected {_TYPES.get(expected, 'a table')}")
+            raise SourceError(f"{where}: {name} is {_said(value)}, expected {_TYPES.get(expected, 'a table')}")
     return cls(**data)
 
 
 # --- bounds that catch wrong units
+# Bytes/s of one device in one direction: from the slowest to what is announced (NVLink 6: 1.8e12, PCIe 6: 121e9,
+# InfiniBand XDR: 100e9).
+_LINK_BYTES_PER_S = {
+    **dict.fromkeys(("nvlink", "nvswitch", "xgmi"), (1e10, 2e12)),
+    "ici": (1e10, 1.5e12),
+    "upi": (1e10, 2e11),
+    "pcie": (5e8, 1.3e11),
+    "infiniband": (1e9, 1.25e11),
+    "ethernet": (1e8, 1.25e11),
+}
+_CHIP_ETHERNET = (1e8, 1e12)  # of accelerators whose own ports join a node (Gaudi 3: 525e9)
+_LEAST_W = {"gpu": 30, "cpu": 1, "accelerator": 1e-3}
+_MOST_USD_PER_H = {"gpu": 50, "cpu": 50, "accelerator": 1000}  # an accelerator may be a whole wafer
+# Slips by what puts them right.
+_RATE_SLIPS = {"bits/s": 1 / 8, "GB/s": 1e9, "MB/s": 1e6, "TB/s": 1e12}
+_WATT_SLIPS = {"kW": 1e3, "mW": 1e-3}
+
+
 def _check(card: Hardware) -> None:
     """Raises: SourceError"""
+    if not card.name.isprintable() or not card.name:
+        raise SourceError(f"card {card.name!r}: expected a name that can be printed")
     where = f"card {card.name}"
     _one_of(card.kind, KINDS, f"{where}: kind")
     for dtype, rate in card.flops.items():
@@ -259,25 +290,39 @@ def _check(card: Hardware) -> None:
         _check_rate(link.bytes_per_s, f"{where}: links.{link.kind}.bytes_per_s")
         _within(link.devices, 1, 1e6, f"{where}: links.{link.kind}.devices", "how many devices it joins")
         if link.latency_s is not None:
-            _within(link.latency_s, 0, 0.1, f"{where}: links.{link.kind}.latency_s", "seconds, as 5e-6 for 5 us")
+            _within(link.latency_s, 0, 1e-3, f"{where}: links.{link.kind}.latency_s", "seconds, as 5e-6 for 5 us")
     for what, names in (("memory", [tier.name for tier in card.memory]), ("links", [link.kind for link in card.links])):
         if len(set(names)) < len(names):
             raise SourceError(f"{where}: {what} has one name twice in {_words(names)}")
     for price in card.prices:
         _one_of(price.kind, PRICES, f"{where}: price")
-        _within(price.usd_per_h, 0, 1000, f"{where}: {price.kind} price", "$ an hour of one device, 0 to 1000")
+        most = _MOST_USD_PER_H[card.kind]
+        expected = f"$ an hour of one device, 0 to {most}: is it of a whole node?"
+        _within(price.usd_per_h, 0, most, f"{where}: {price.kind} price", expected)
         if not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?", price.date):
             raise SourceError(f"{where}: date of a price is {price.date!r}, expected YYYY-MM-DD or YYYY-MM")
     for name in ("tdp_w", "idle_w", "peak_w"):
         if (watts := getattr(card, name)) is not None:
-            _within(watts, 1e-3, 5000, f"{where}: {name}", "watts of one device, not mW")
+            least = min(1, _LEAST_W[card.kind]) if name == "idle_w" else _LEAST_W[card.kind]
+            _within(watts, least, 5000, f"{where}: {name}", "watts of one device", _WATT_SLIPS)
     if card.idle_w is not None and card.tdp_w is not None and card.idle_w >= card.tdp_w:
         raise SourceError(f"{where}: idle_w {card.idle_w:g} is not below tdp_w {card.tdp_w:g}")
     if card.spot_interruptions_per_h is not None:
-        _within(card.spot_interruptions_per_h, 0, 10, f"{where}: spot_interruptions_per_h", "interruptions an hour")
+        expected = "interruptions of one device an hour, 0 to 1, as 0.04 for one a day: is it a percentage?"
+        _within(card.spot_interruptions_per_h, 0, 1, f"{where}: spot_interruptions_per_h", expected)
     _within(card.devices_per_node, 1, 1e4, f"{where}: devices_per_node", "a count")
     _check_sparse(card)
     _check_provenance(card)
+
+
+def _check_links(card: Hardware) -> None:
+    """Of cards that are read: what-ifs may go beyond what is sold. Raises: SourceError"""
+    for link in card.links:
+        on_chip = card.kind == "accelerator" and link.kind == "ethernet"
+        low, high = _CHIP_ETHERNET if on_chip else _LINK_BYTES_PER_S[link.kind]
+        what = f"card {card.name}: links.{link.kind}.bytes_per_s"
+        expected = f"{low:g} to {high:g} bytes/s of one device in one direction"
+        _within(link.bytes_per_s, low, high, what, expected, _RATE_SLIPS)
 
 
 def _check_rate(rate: float, what: str) -> None:
@@ -329,9 +374,17 @@ def _check_provenance(card: Hardware) -> None:
             raise SourceError(f"card {card.name}: {figure} has no provenance; add one or a default")
 
 
-def _within(value: float, low: float, high: float, what: str, expected: str) -> None:
-    if not _is_number(value) or not low <= value <= high:
-        raise SourceError(f"{what} is {value!r}, expected {expected}")
+def _within(
+    value: float, low: float, high: float, what: str, expected: str, slips: Mapping[str, float] | None = None
+) -> None:
+    """`slips`: units that may have been meant, by what they are multiplied with. Raises: SourceError"""
+    if _is_number(value) and low <= value <= high:
+        return
+    meant = [
+        (unit, value * by) for unit, by in (slips or {}).items() if _is_number(value) and low <= value * by <= high
+    ]
+    hint = f"; {meant[0][0]}? then write {meant[0][1]:g}" if meant else ""
+    raise SourceError(f"{what} is {_said(value)}, expected {expected}{hint}")
 
 
 def _one_of(value: str, known: Collection[str], what: str) -> None:
@@ -340,7 +393,14 @@ def _one_of(value: str, known: Collection[str], what: str) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
+
+
+def _said(value: object) -> str:
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # Python's limit of digits
+        return "a number of thousands of digits"
 
 
 def _words(names: Iterable[str]) -> str:

@@ -95,14 +95,19 @@ def read_replay(
 def read_bench(
     path: str | Path, model: Model, hardware: Hardware, parallel: Parallel, version: str = "", engine: str = "everybit"
 ) -> Sample:
-    """The `result.json` of everybit bench run as one sample: means of its complete requests. Raises: SourceError"""
+    """The `result.json` of everybit bench run as one sample: means of its complete requests after the warm-up.
+
+    Raises: SourceError
+    """
     try:
         table = json.loads(Path(path).read_text("utf-8"))["requests"]
         rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+        kept = [row for row in rows if row["scored"] and not row["error"] and row["first_ms"] is not None]
+        if any(row["prompt"] is None for row in kept):
+            raise SourceError(f"{path}: the server told no prompt tokens: measure one that reports its usage")
         requests = [
             (row["prompt"], row["tokens"], *(row[name] / 1e3 for name in ("sent_ms", "first_ms", "end_ms")))
-            for row in rows
-            if not row["error"] and row["first_ms"] is not None
+            for row in kept
         ]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SourceError(

@@ -15,13 +15,16 @@ from everybit.errors import ModelError, SourceError
 from everybit.formats.files import read_inside
 from everybit.formats.jsontext import parse_object
 from everybit.formats.tensors import show
-from everybit.plan.families import ENCODERS, BitsOf, hidden_size, read_layers
-from everybit.plan.fields import LONGEST, Fields
+from everybit.plan.families import ENCODERS, T5, BitsOf, hidden_size, read_layers
+from everybit.plan.fields import LONGEST, Fields, shown
 from everybit.plan.operators import Layer, Linear, Model
 from everybit.plan.overlays import OverlayBits
 from everybit.plan.stored import Scheme, WeightBits, asked_bits, check_width, read_scheme
 
 _TEXT = ("text_config", "llm_config", "language_config")
+_TYPES = (
+    "auto", "bfloat16", "float16", "half", "float32", "float", "float64", "double", "float8_e4m3fn", "float8_e5m2",
+)  # fmt: skip
 _ENDLESS = 1 << 20  # context of models that state no limit: states, relative positions
 
 # Linear -> its kind, and its modules in a layer as configs of quantized checkpoints name them.
@@ -65,8 +68,7 @@ def read_model(
 
     vocabulary, width = fields.whole("vocab_size"), hidden_size(fields)
     encoder = fields.family in ENCODERS
-    if fields.config.get("is_encoder_decoder") and not encoder:
-        raise ModelError(f"{where}: an encoder-decoder arrived, expected a decoder, BERT or T5's encoder: pass another")
+    _check_one_stack(fields)
     layers = read_layers(fields, bits)
     context = _context(fields, layers)
     rows = vocabulary
@@ -78,8 +80,6 @@ def read_model(
     tied = fields.flag("tie_word_embeddings", False)
     if fields.family not in _families():
         notes.append(f"model_type {show(fields.family)} (read as Llama-like)")
-    if fields.has("num_decoder_layers") or fields.config.get("is_encoder_decoder"):
-        notes.append("decoder (not counted)")
     return Model(
         name=name or found_name,
         hidden=width,
@@ -172,7 +172,8 @@ def _linear(one: Linear) -> dict[str, Any]:
 def _load(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Mapping[str, Any], str, str, Path | None]:
     """The config, its name in errors, the model's name, the folder if there is one."""
     if isinstance(source, Mapping):
-        return source, "config", str(source.get("_name_or_path") or source.get("model_type") or "model"), None
+        own = source.get("_name_or_path") or source.get("model_type")
+        return source, "config", own[:200] if isinstance(own, str) and own.isprintable() else "model", None
     path = Path(source)
     if path.is_dir() or path.is_file():
         folder, file = (path, "config.json") if path.is_dir() else (path.parent, path.name)
@@ -226,17 +227,49 @@ def _offline_config(name: str) -> dict[str, Any]:
 def _text_fields(config: Mapping[str, Any], where: str) -> tuple[Fields, list[str], Any]:
     """The fields of the language model, what is beside it, and the quantization_config."""
     inner = next((key for key in _TEXT if isinstance(config.get(key), Mapping)), None)
+    for one in (config, config[inner] if inner else {}):
+        _check_type(one, where)
     beside = [key for key in config if key.endswith("_config") and key not in (*_TEXT, "quantization_config")]
-    notes = [f"{key} (not counted)" for key in sorted(beside) if isinstance(config[key], Mapping)]
+    notes = [f"{shown(key)} (not counted)" for key in sorted(beside) if isinstance(config[key], Mapping)]
     text: dict[str, Any] = {key: value for key, value in config.items() if key not in beside}
     if inner:
-        shared = {key: config[key] for key in ("tie_word_embeddings", "quantization_config") if key in config}
+        names = ("tie_word_embeddings", "quantization_config", "is_encoder_decoder")
+        shared = {key: config[key] for key in names if key in config}
         text = {**shared, **config[inner]}
         text.setdefault("model_type", f"{config.get('model_type', '')}_text")
     quantization = text.pop("quantization_config", None)
     family = text.get("model_type")
     defaults = _families().get(family, {}) if isinstance(family, str) else {}
     return Fields({**defaults, **text}, where), notes, quantization
+
+
+def _check_one_stack(f: Fields) -> None:
+    """Cross-attention, and an encoder that runs once a prompt, are not planned.
+
+    Raises: ModelError
+    """
+    architectures = f.config.get("architectures") or [""]
+    alone = isinstance(architectures, list) and all(str(one).endswith("EncoderModel") for one in architectures)
+    if f.family in T5 and alone:
+        f.has("num_decoder_layers", "is_encoder_decoder")
+        return
+    both = f.flag("is_encoder_decoder", f.family in T5) or f.has("num_decoder_layers", "decoder_layers")
+    if both or (f.family in ENCODERS and f.flag("is_decoder", False)):
+        raise ModelError(
+            f"{f.where}: an encoder-decoder arrived, whose decoder the planner does not count, expected a decoder, or "
+            'an encoder alone (of T5: architectures ["T5EncoderModel"]): pass another'
+        )
+
+
+def _check_type(config: Mapping[str, Any], where: str) -> None:
+    """Weights are planned at 16 bits or the asked ones whatever the type is, but no unknown type is let through.
+
+    Raises: ModelError
+    """
+    for name in ("dtype", "torch_dtype"):
+        found = config.get(name)
+        if found is not None and not (isinstance(found, str) and found.removeprefix("torch.") in _TYPES):
+            raise ModelError(f"{where}: {name} {show(found)} arrived, expected one of {', '.join(_TYPES)}: fix it")
 
 
 def _context(f: Fields, layers: tuple[Layer, ...]) -> int:

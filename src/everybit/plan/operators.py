@@ -11,13 +11,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """`out` x `into` weights of `bits` stored bits each, scales included. `split`: column, row or none."""
+    """`out` x `into` weights of `bits` stored bits each, scales included. `split`: column, row or none.
+
+    `modules`: how many linear modules of transformers it stands for (3: queries, keys, values apart); 0: a bare
+    parameter, as most routers are.
+    """
 
     name: str
     out: int
     into: int
     bits: float = 16.0
     split: str = "column"
+    modules: int = 1
 
     @property
     def weights(self) -> int:

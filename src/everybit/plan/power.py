@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from everybit.errors import SourceError, reason
-from everybit.plan.hardware import Hardware
+from everybit.plan.efficiency import Efficiency
+from everybit.plan.hardware import Hardware, Provenance
 
 _MOST_WATTS = 5000  # of one device
 _PRIOR = (1.4, 0.68, 0.25)  # compute, memory, and idle as a share of the cap, of a GPU that serves
@@ -91,6 +92,54 @@ def power_of(hardware: Hardware) -> Power:
     compute, memory, idle = _PRIOR if hardware.kind == "gpu" else _UNKNOWN
     source = "fitted to GEMM on H200, serving on A100 and H100" if hardware.kind == "gpu" else "assumed, not measured"
     return Power(idle * cap if hardware.idle_w is None else hardware.idle_w, cap, compute, memory, source)
+
+
+@dataclass(frozen=True)
+class Capped:
+    """A card that is held to a limit of power: its peaks are what the limit leaves, `flops` and `bandwidth` of them.
+
+    `power`: its curve, by the use of the lower peaks.
+    """
+
+    card: Hardware
+    power: Power
+    flops: float = 1.0
+    bandwidth: float = 1.0
+
+
+def capped(card: Hardware, cap_w: float, efficiency: Efficiency) -> Capped:
+    """What the card does under `cap_w`: arithmetic slows as soon as it alone would draw more, reading when it would.
+
+    So prompts slow long before decoding does (POLCA, ASPLOS 2024), whose arithmetic hides behind reading.
+
+    Raises: SourceError for a limit at or below the power of a card that waits, and where speed was measured without one
+    """
+    curve = power_of(card)
+    if not cap_w > curve.idle_w:
+        raise SourceError(
+            f"card {card.name}: a cap of {cap_w:g} W, but waiting alone takes {curve.idle_w:g} W: give more, such as "
+            f"{(curve.idle_w + curve.cap_w) / 2:.0f}"
+        )
+    if cap_w >= curve.cap_w:
+        return Capped(card, curve)
+    if efficiency.products:
+        raise SourceError(f"card {card.name}: products were measured without a cap of {cap_w:g} W: leave it out")
+    range_w, left_w = curve.cap_w - curve.idle_w, cap_w - curve.idle_w
+    flops = min(1.0, left_w / (curve.watts(efficiency.compute, 0) - curve.idle_w))
+    bandwidth = min(1.0, left_w / (curve.watts(0, efficiency.memory) - curve.idle_w))
+    main, *slower = card.memory
+    slowed = replace(
+        card,
+        flops={dtype: rate * flops for dtype, rate in card.flops.items()},
+        memory=(replace(main, bytes_per_s=main.bytes_per_s * bandwidth), *slower),
+        tdp_w=cap_w,
+        idle_w=curve.idle_w,
+        peak_w=min(card.peak_w or cap_w, cap_w),
+        provenance={"default": Provenance("paper", curve.source), **card.provenance},
+    )
+    scale = range_w / left_w
+    power = Power(curve.idle_w, cap_w, curve.compute * flops * scale, curve.memory * bandwidth * scale, curve.source)
+    return Capped(slowed, power, flops, bandwidth)
 
 
 def fit_power(uses: Sequence[Use], cap_w: float, idle_w: float | None = None) -> Power:

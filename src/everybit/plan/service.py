@@ -60,10 +60,20 @@ class Service:
         decode, prefill = (one.total_s for one in self.steps(efficiency))
         others = self.running - 1
         tpot = decode / gain + efficiency.overlap * others * prefill / self.parallel.pp / self.output
-        admitted = efficiency.first_s + prefill * (1 + efficiency.queue * others)
         decoded = (self.output - 1) * tpot
-        ttft = admitted + (admitted + decoded) * (self.clients / self.running - 1)
+        ttft = sum(self._first(efficiency, prefill, decoded))
         return Latency(ttft, tpot, ttft + decoded)
+
+    def first(self, efficiency: Efficiency, gain: float = 1.0) -> dict[str, float]:
+        """What a first token waits for, in seconds."""
+        decoded = (self.output - 1) * self.latency(efficiency, gain).tpot_s
+        parts = self._first(efficiency, self.steps(efficiency)[1].total_s, decoded)
+        return dict(zip(("HTTP and tokenizing", "its prompt", "other prompts", "room in memory"), parts, strict=True))
+
+    def _first(self, efficiency: Efficiency, prefill: float, decoded: float) -> tuple[float, float, float, float]:
+        queued = efficiency.queue * (self.running - 1) * prefill
+        admitted = efficiency.first_s + prefill + queued
+        return efficiency.first_s, prefill, queued, (admitted + decoded) * (self.clients / self.running - 1)
 
     def batch_latency(self, efficiency: Efficiency) -> Latency:
         """Where all begin together and none follows: prompts are read first, in waves of what fits."""

@@ -28,3 +28,12 @@ class Speculation:
     def gain(self, draft: float, verify: float) -> float:
         """Speed over plain decoding; `draft`, `verify`: their times over that of a plain step."""
         return self.tokens / (self.drafts * draft + verify)
+
+
+def speculation_of(drafts: int | None, acceptance: float | None, draft_bits: float | None) -> Speculation | None:
+    """Of options that belong together. Raises: SourceError"""
+    if drafts is None and acceptance is None and draft_bits is None:
+        return None
+    if drafts is None or acceptance is None or draft_bits is None:
+        raise SourceError("--drafts, --acceptance and --draft-bits belong together: give all three")
+    return Speculation(drafts, acceptance, draft_bits)

@@ -80,8 +80,9 @@ def estimate_all(body: EstimateFields, deadline: Deadline) -> dict[str, Any]:
 
 def solve_fleet(body: FleetFields, deadline: Deadline) -> dict[str, Any]:
     """Raises: Problem"""
-    from everybit.plan.candidates import Terms, candidate, finest
-    from everybit.plan.fleet import plan_fleet
+    from everybit.plan.candidates import Terms, candidate, type_name
+    from everybit.plan.fleet import finest, plan_fleet
+    from everybit.plan.fleet_checks import queued
     from everybit.plan.fleet_inputs import Bucket, Limits
 
     found, hardware, slo = _models(body, body.bits), _cards(body.cards, {**body.prices, **body.quotas}), _slo(body)
@@ -93,8 +94,9 @@ def solve_fleet(body: FleetFields, deadline: Deadline) -> dict[str, Any]:
     if body.quality is not None and (missing := [bits for bits in found if bits not in body.quality]):
         raise _problem("quality", f"has no number for {missing[0]}: give one for each width, or none at all")
     demand = [Bucket(one.prompt, one.output, one.requests_per_s) for one in body.demand]
-    types, impossible, rests = [], {}, {}
+    kept, impossible = [], {}
     for name, card in hardware.items():
+        terms = Terms(body.prices.get(name, "on-demand"))
         for tp in body.tp:
             for bits, model in found.items():
                 deadline.check()
@@ -106,16 +108,16 @@ def solve_fleet(body: FleetFields, deadline: Deadline) -> dict[str, Any]:
                         slo,
                         bits=bits,
                         tp=tp,
-                        terms=Terms(body.prices.get(name, "on-demand")),
+                        terms=terms,
                         engine=body.engine,
                         quality=_weight_bits(model) if body.quality is None else body.quality[bits],
                         needs_power=body.power_w is not None,
                     )
                 except SourceError as error:
-                    impossible[f"{tp} x {card.name}, {bits}"] = str(error)
-                    continue
-                types.append(one.type)
-                rests[one.type.name] = {"efficiencies": one.efficiency.source, "card": one.known}
+                    impossible[type_name(card, tp, bits, terms)] = str(error)
+                else:
+                    kept.append(one)
+    types = [one.type for one in kept]
     if not types:
         name, why = next(iter(impossible.items()))
         raise Problem(400, f"none of {len(impossible)} replica types is possible; {name}: {why}", code="impossible")
@@ -127,14 +129,16 @@ def solve_fleet(body: FleetFields, deadline: Deadline) -> dict[str, Any]:
     )
     limits = finest(demand, types, limits, limit_s=min(_PROGRAM_S, deadline.left_s))
     deadline.check()
-    fleet = plan_fleet(demand, types, limits, explain=True, limit_s=min(_PROGRAM_S, deadline.left_s))
+    limit_s = min(_PROGRAM_S, deadline.left_s)
+    fleet = plan_fleet(demand, types, limits, verify=queued(kept, demand, slo), explain=True, limit_s=limit_s)
     return {
         "model": _about(found),
         "fleet": asdict(fleet),
         "demand": [{"name": one.name, **asdict(one)} for one in demand],
         "types": [asdict(one) for one in types],
         "impossible": impossible,
-        "rests_on": rests,
+        "prices": {one.type.name: "given" if one.price is None else asdict(one.price) for one in kept},
+        "rests_on": {one.type.name: {"efficiencies": one.efficiency.source, "card": one.known} for one in kept},
         "quality": "bits a weight" if body.quality is None else "given",
         "simulated": False,
     }

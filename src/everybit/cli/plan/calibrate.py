@@ -8,14 +8,15 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from everybit.cli.options import positive_int
-from everybit.cli.plan.options import add_json, add_split, model_of, number, split_of
+from everybit.cli.plan.options import add_json, add_split, bits_or_format, model_of, split_of
 from everybit.errors import SourceError, reason
 
 if TYPE_CHECKING:
     from everybit.plan.calibrate import Calibration, Sample
+    from everybit.plan.efficiency import Efficiency
     from everybit.plan.hardware import Hardware
     from everybit.plan.importers import Imported
     from everybit.plan.operators import Model
@@ -35,8 +36,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--version", default="", metavar="TEXT", help="of the engine (bench folders, replays)")
     parser.add_argument("--model", metavar="MODEL", help="that was served (bench folders, replays)")
     parser.add_argument("--bits", metavar="BITS", help="of its weights (bench folders, replays)")
-    parser.add_argument("--kv-bits", type=number, metavar="BITS", help="of its cache")
-    parser.add_argument("--activation-bits", type=number, metavar="BITS", help="of what weights are multiplied with")
+    parser.add_argument("--kv-bits", type=bits_or_format, metavar="BITS", help="of its cache")
+    parser.add_argument(
+        "--activation-bits", type=bits_or_format, metavar="BITS", help="of what weights are multiplied with"
+    )
     add_split(parser)
     parser.add_argument("--draws", type=positive_int, default=20, metavar="N", help="for intervals (default 20)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default 0)")
@@ -71,10 +74,12 @@ def run(args: argparse.Namespace) -> int:
         raise SourceError(f"no run can be used: {next(iter(skipped))}")
     calibration = calibrate(samples, start, draws=args.draws, seed=args.seed)
     calibration.save(args.output)
+    judged = _judged(calibration, samples, start)
     if args.json:
-        print_json({"calibration": calibration, "errors": _errors(calibration, samples), "skipped": skipped})
+        errors = _errors(calibration, samples)
+        print_json({"calibration": calibration, "errors": errors, "families": judged, "skipped": skipped})
     else:
-        print(_text(args, calibration, samples, skipped))
+        print(_text(args, calibration, samples, judged, skipped))
     return 0
 
 
@@ -130,27 +135,54 @@ def _errors(calibration: Calibration, samples: list[Sample]) -> dict[str, float]
     """Median relative error on the very runs of the fit, by measure."""
     found: dict[str, list[float]] = {}
     for sample in samples:
-        predicted = sample.predict(calibration.efficiency)
+        predicted = sample.predict(calibration.of(sample.model).efficiency)
         for name in ("ttft_s", "tpot_s", "e2e_s"):
             if (value := getattr(sample, name)) is not None:
                 found.setdefault(name, []).append(abs(getattr(predicted, name) / value - 1))
     return {name: median(values) for name, values in found.items()}
 
 
-def _text(args: argparse.Namespace, calibration: Calibration, samples: list[Sample], skipped: dict[str, int]) -> str:
+def _judged(calibration: Calibration, samples: list[Sample], prior: Efficiency) -> list[dict[str, Any]]:
+    """Before and after, for models without and with experts, which are fitted apart."""
+    from everybit.plan.calibrate import judge
+    from everybit.plan.efficiency import is_routed
+
+    found = []
+    for name, routed in (("without experts", False), ("with experts", True)):
+        if own := [one for one in samples if is_routed(one.model) == routed]:
+            model = own[0].model
+            before, after = judge(own, prior.of(model)), judge(own, calibration.of(model).efficiency)
+            found.append({"models": name, "runs": len(own), "prior": before, "fitted": after})
+    return found
+
+
+def _text(
+    args: argparse.Namespace,
+    calibration: Calibration,
+    samples: list[Sample],
+    judged: list[dict[str, Any]],
+    skipped: dict[str, int],
+) -> str:
     from everybit.cli.plan.output import figure, table
+    from everybit.plan.calibrate import Fit
     from everybit.plan.efficiency import BOUNDS
 
-    rows = []
-    for name in BOUNDS:
-        draws = sorted(getattr(one, name) for one in calibration.draws)
-        ends = f"{figure(draws[0])} to {figure(draws[-1])}"
-        rows.append([name, figure(getattr(calibration.efficiency, name)), ends])
-    lines = [
-        f"{calibration.efficiency.source}; versions: {', '.join(filter(None, calibration.versions)) or 'not told'}",
-        table(["efficiency", "fitted", "draws"], rows),
-    ]
+    lines = [f"versions of {args.engine}: {', '.join(filter(None, calibration.versions)) or 'not told'}"]
+    for fit in filter(None, (Fit(calibration.efficiency, calibration.draws), calibration.routed)):
+        rows = []
+        for name in BOUNDS:
+            draws = sorted(getattr(one, name) for one in fit.draws)
+            ends = f"{figure(draws[0])} to {figure(draws[-1])}"
+            rows.append([name, figure(getattr(fit.efficiency, name)), ends])
+        lines += [fit.efficiency.source, table(["efficiency", "fitted", "draws"], rows)]
     errors = ", ".join(f"{name[:-2]} {value:.1%}" for name, value in _errors(calibration, samples).items())
     lines.append(f"median error on these {len(samples)} runs, which the fit has seen: {errors}")
+    for family in judged:
+        if family["prior"]:
+            before, after = (
+                f"{one.inside:.0%} in a 90 % interval of x{one.factor:.2f}, median error {one.median_error:.1%}"
+                for one in (family["prior"], family["fitted"])
+            )
+            lines.append(f"{family['runs']} runs of models {family['models']}: prior {before}; fitted {after}")
     lines += [f"left out: {count} rows: {why}" for why, count in sorted(skipped.items(), key=lambda one: -one[1])]
     return "\n".join([*lines, f"written: {args.output}"])

@@ -17,11 +17,15 @@ from everybit.cli.plan.options import (
     calibrations_of,
     carbon_of,
     cards_of,
+    check_multiplied,
+    formats,
     load_of,
     models_of,
     number,
     price_of,
     split_of,
+    tell_formats,
+    tell_price,
 )
 from everybit.errors import SourceError
 
@@ -65,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     for card in cards:
         for width, model in models.items():
             try:
+                check_multiplied(width, model, card)
                 found = estimate(
                     model,
                     card,
@@ -84,16 +89,19 @@ def run(args: argparse.Namespace) -> int:
     if not done:
         why = max(failed, key=lambda one: one[0].main_memory.bytes)[2]
         raise SourceError(why if len(failed) == 1 else f"none of {len(failed)} is possible; on the largest: {why}")
+    asked = {one.hardware for _, one in done}
+    prices = list(dict.fromkeys(tell_price(args.price, card) for card in cards if card.name in asked))
     if args.json:
         print_json(
             {
-                "estimates": [{"bits": width, **plain(one)} for width, one in done],
+                "estimates": [{"bits": width, **formats(models[width]), **plain(one)} for width, one in done],
+                "prices": prices,
                 "impossible": [{"hardware": card.name, "bits": width, "why": why} for card, width, why in failed],
                 "unknown": list(next(iter(models.values())).unknown),
             }
         )
     else:
-        print(_text(args, done, failed))
+        print("\n".join([*_text(args, done, failed), *prices, f"widths: {tell_formats(models)}"]))
     return 0
 
 
@@ -106,7 +114,9 @@ def _speculation(args: argparse.Namespace) -> Speculation | None:
     return None if args.drafts is None else Speculation(*given)
 
 
-def _text(args: argparse.Namespace, done: list[tuple[str, Estimate]], failed: list[tuple[Hardware, str, str]]) -> str:
+def _text(
+    args: argparse.Namespace, done: list[tuple[str, Estimate]], failed: list[tuple[Hardware, str, str]]
+) -> list[str]:
     from everybit.cli.plan.output import interval, table
 
     rows = []
@@ -123,11 +133,12 @@ def _text(args: argparse.Namespace, done: list[tuple[str, Estimate]], failed: li
                 interval(one.joules_per_token),
                 *([interval(one.gco2e_per_token)] if args.carbon else []),
                 "{} {:.0%}".format(*one.binding["decode"]),
+                one.known,
                 one.card,
             ]
         )
     header = ["card", "bits", "running", "TTFT ms", "TPOT ms", "tokens/s", "$/Mtok", "J/token"]
-    header += [*(["gCO2e/token"] if args.carbon else []), "decoding is bound by", "card's figures"]
+    header += [*(["gCO2e/token"] if args.carbon else []), "decoding is bound by", "efficiencies", "card's figures"]
     first = done[0][1]
     lines = [
         f"{first.model}, {first.concurrency} users, {first.prompt} + {first.output} tokens, "
@@ -138,4 +149,4 @@ def _text(args: argparse.Namespace, done: list[tuple[str, Estimate]], failed: li
     for source in dict.fromkeys(one.source for _, one in done):
         cards = ", ".join(dict.fromkeys(one.hardware for _, one in done if one.source == source))
         lines.append(f"efficiencies on {cards}: {source}")
-    return "\n".join(lines)
+    return lines

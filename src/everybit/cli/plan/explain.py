@@ -16,12 +16,15 @@ from everybit.cli.plan.options import (
     add_split,
     calibrations_of,
     carbon_of,
-    card_of,
+    cards_of,
+    check_multiplied,
     load_of,
-    model_of,
+    one_width,
     price_of,
     slo_of,
     split_of,
+    tell_formats,
+    tell_price,
 )
 from everybit.errors import SourceError
 
@@ -34,12 +37,13 @@ if TYPE_CHECKING:
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "explain",
-        help="what binds, whether the SLO holds, and the next best alternative",
-        description="Why a deployment is as fast as it is, which limit it misses, and the best of its neighbours: half "
-        "or twice the devices or users, fewer bits. An SLO that no split of a node keeps even for one user is refused.",
+        help="what binds, whether the SLO holds and up to which load, and the next best alternative",
+        description="Why a deployment is as fast as it is, which limit it keeps and up to how many users, and the best "
+        "alternative for the same load: half or twice the devices, fewer bits, the other cards. The deployment is on "
+        "the first --on; others are alternatives. An SLO that no split of a node keeps even for one user is refused.",
     )
     add_model(parser, several=False)
-    add_cards(parser, several=False)
+    add_cards(parser)
     parser.add_argument("--slo", metavar="TEXT", help="mean times to keep, such as ttft=500ms,tpot=50ms")
     add_load(parser)
     add_split(parser)
@@ -54,21 +58,32 @@ def run(args: argparse.Namespace) -> int:
     from everybit.plan.estimate import estimate
     from everybit.plan.explain import explain
 
-    model, card = model_of(args), card_of(args)
+    if "all" in args.on:
+        raise SourceError("--on all: explain is of one card, the first --on; name it, then its alternatives")
+    (width, model), (card, *others) = one_width(args), cards_of(args)
+    for one in (card, *others):
+        check_multiplied(width, model, one)
     carbon, pue = carbon_of(args)
-    options: dict[str, Any] = {
-        **load_of(args),
-        "calibration": calibrations_of(args, [card]).get(card.name),
-        "price": price_of(args.price),
-        "g_per_kwh": carbon,
-        "pue": pue,
-    }
+    calibrations = calibrations_of(args, [card, *others])
+    options: dict[str, Any] = {**load_of(args), "price": price_of(args.price), "g_per_kwh": carbon, "pue": pue}
+    own = {**options, "calibration": calibrations.get(card.name)}
     first, gap = _limits(args.slo)
-    _check_possible(model, card, first, gap, options)
-    options["parallel"] = split_of(args)
-    lines = explain(model, card, most_ttft_s=first, most_tpot_s=gap, **options)
+    _check_possible(model, card, first, gap, own)
+    split = split_of(args)
+    lines = explain(
+        model,
+        card,
+        parallel=split,
+        most_ttft_s=first,
+        most_tpot_s=gap,
+        others=others,
+        calibrations=calibrations,
+        **options,
+    )
+    lines += [tell_price(args.price, one) for one in (card, *others)]
+    lines.append(f"width: {tell_formats({width: model})}")
     if args.json:
-        print_json({"lines": lines, "estimate": plain(estimate(model, card, **options))})
+        print_json({"lines": lines, "estimate": plain(estimate(model, card, parallel=split, **own))})
     else:
         print("\n".join(lines))
     return 0
@@ -109,7 +124,7 @@ def _check_possible(
     said = []
     for name, most, key in asked:
         if (value := getattr(nearest, key).value) > most:
-            binding = nearest.binding["prefill" if name == "ttft" else "decode"][0]
+            binding = nearest.binding["first token" if name == "ttft" else "decode"][0]
             said.append(f"{name} {value * 1e3:.3g} ms > {most * 1e3:g} ms, mostly {binding}")
     works = ",".join(f"{name}={_outwards(max(most, getattr(nearest, key).value)):g}ms" for name, most, key in asked)
     raise SourceError(

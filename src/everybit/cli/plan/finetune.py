@@ -21,7 +21,10 @@ from everybit.errors import SourceError
 if TYPE_CHECKING:
     from everybit.plan.finetune import Devices, FinetuneCost
     from everybit.plan.finetune_memory import Offload, Recipe
+    from everybit.plan.finetune_moe import MoeLaw
     from everybit.plan.hardware import Hardware
+
+_MFU = 0.4
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,7 +32,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "finetune",
         help="memory, time, $ and CO2 of full, LoRA and QLoRA",
         description="Memory of a device by part, the batch that fits, and what training on so many tokens takes. Time "
-        "rests on --mfu, the share of the card's peak that training reaches: measure it where you can.",
+        "rests on --mfu, the share of the card's peak that training reaches: measure it where you can. Adapters are "
+        'those of "all-linear" in PEFT.',
     )
     parser.add_argument("model", metavar="MODEL", help="a folder with config.json, a config.json, or a name")
     add_cards(parser, several=False)
@@ -44,10 +48,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     group.add_argument("--zero", type=int, default=0, metavar="STAGE", help="0 to 3 (default 0)")
     group.add_argument("--recompute", default="selective", metavar="WHAT", help="none, selective (default), full")
     group.add_argument("--rank", type=positive_int, default=16, metavar="N", help="of adapters (default 16)")
+    group.add_argument("--experts", action="store_true", help="adapters beside routed experts, too")
     group.add_argument(
         "--base-bits", type=number, metavar="BITS", help="of frozen weights (lora 16, qlora NF4's 4.127)"
     )
-    group.add_argument("--mfu", type=number, default=0.4, metavar="X", help="share of peak FLOP/s (default 0.4)")
+    group.add_argument("--mfu", type=number, metavar="X", help=f"share of peak FLOP/s (default {_MFU})")
+    group.add_argument(
+        "--moe-runs",
+        metavar="FILE",
+        help="of a model with experts: measured runs of this method on this card (csv: memory_bytes, model_bytes, "
+        "sequence, sparsity, batch, queries_per_s); batch and time are by the law fitted to them, not by --mfu",
+    )
     away = parser.add_argument_group("offload")
     away.add_argument("--offload", metavar="TIER", help="a slower memory of the card, such as host")
     away.add_argument("--offload-weights", action="store_true", help="the weights go too")
@@ -74,17 +85,18 @@ def run(args: argparse.Namespace) -> int:
         zero=args.zero,
         recompute=args.recompute,
         rank=args.rank,
+        experts=args.experts,
         base_bits=args.base_bits,
         offload=_offload(args, card),
     )
     devices = _devices(args, card)
-    found = finetune(model, recipe, devices, args.tokens)
+    found = finetune(model, recipe, devices, args.tokens, _law(args))
     if not found.fits:
         raise SourceError(f"{found.why}; nearest that fits: {found.nearest or 'none on these devices'}")
     if args.json:
         print_json({**_known(args, card, found), "cost": found, "recipe": recipe})
     else:
-        print(_text(args, card, recipe, found))
+        print(_text(args, card, recipe, devices, found))
     return 0
 
 
@@ -103,16 +115,37 @@ def _offload(args: argparse.Namespace, card: Hardware) -> Offload | None:
     return Offload(tier.bytes, tier.bytes_per_s, link, args.offload_weights, args.hidden or 0.0)
 
 
+def _law(args: argparse.Namespace) -> MoeLaw | None:
+    from everybit.plan.finetune_moe import fit_moe_law, read_moe_runs
+
+    if args.moe_runs is None:
+        return None
+    if args.mfu is not None:
+        raise SourceError("--mfu and --moe-runs were given: expected one, the time is by either")
+    runs = read_moe_runs(args.moe_runs)
+    law = fit_moe_law(runs)
+    lengths = sorted(run.sequence for run in runs)
+    if not lengths[0] <= args.sequence <= lengths[-1]:  # queries/s of the law know no length
+        raise SourceError(
+            f"--sequence {args.sequence}: the runs of --moe-runs have {lengths[0]} to {lengths[-1]} tokens: pass one "
+            "between, or measure it"
+        )
+    return law
+
+
 def _devices(args: argparse.Namespace, card: Hardware) -> Devices:
+    from everybit.plan.efficiency import prior
     from everybit.plan.finetune import Devices
 
     carbon, pue = carbon_of(args)
+    link, assumed = card.link(args.devices) if args.devices > 1 else None, prior(card)
     return Devices(
         memory_bytes=card.main_memory.bytes,
         flops=card.flops_of("bf16" if "bf16" in card.flops else "fp16" if "fp16" in card.flops else "fp32"),
         count=args.devices,
-        mfu=args.mfu,
-        network_bytes_per_s=card.link(args.devices).bytes_per_s if args.devices > 1 else None,
+        mfu=_MFU if args.mfu is None else args.mfu,
+        network_bytes_per_s=link.bytes_per_s * assumed.link if link else None,
+        network_latency_s=link.latency_s if link and link.latency_s is not None else assumed.link_s,
         usd_per_h=usd_per_h_of(args.price, card) or 0.0,
         power_w=card.tdp_w or 0.0,
         pue=pue,
@@ -129,7 +162,7 @@ def _known(args: argparse.Namespace, card: Hardware, found: FinetuneCost) -> dic
     }
 
 
-def _text(args: argparse.Namespace, card: Hardware, recipe: Recipe, found: FinetuneCost) -> str:
+def _text(args: argparse.Namespace, card: Hardware, recipe: Recipe, devices: Devices, found: FinetuneCost) -> str:
     from everybit.cli.plan.output import figure, gb
     from everybit.plan.hardware import weakest
 
@@ -141,6 +174,13 @@ def _text(args: argparse.Namespace, card: Hardware, recipe: Recipe, found: Finet
         "energy": "power unknown" if known["kwh"] is None else f"{known['kwh']:,.1f} kWh at full power",
         "CO2": "give --carbon" if known["gco2"] is None else f"{known['gco2'] / 1e3:,.1f} kg",
     }
+    rests, network = f"mfu {devices.mfu:g} (given or assumed, not measured)", []
+    if args.moe_runs:
+        rests = f"the law fitted to {args.moe_runs}"
+    if devices.network_bytes_per_s:
+        rate = devices.network_bytes_per_s / 1e9
+        network = [f"  network              {figure(found.network_s)} s of a step, at {rate:.3g} GB/s a device"]
+        rests += "; the prior's share of the link"
     lines = [
         f"{recipe} of {args.model}: {args.devices} x {card.name}, {found.trained:,} weights trained",
         f"  memory of a device   {gb(parts.total)} of {gb(card.main_memory.bytes)} GB: "
@@ -148,8 +188,9 @@ def _text(args: argparse.Namespace, card: Hardware, recipe: Recipe, found: Finet
         f"  batch                {found.batch} sequences of {recipe.sequence} tokens a device",
         f"  step                 {figure(found.step_s)} s, waits for {found.bound}; "
         f"{figure(found.tokens_per_s)} tokens/s",
+        *network,
         f"  time                 {figure(found.seconds / 3600)} h for {args.tokens:,.0f} tokens",
         *(f"  {name:<20} {value}" for name, value in said.items()),
-        f"rests on: mfu {args.mfu:g} (given or assumed, not measured); figures of the card: {weakest(card)}",
+        f"rests on: {rests}; figures of the card: {weakest(card)}",
     ]
     return "\n".join(lines)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +13,9 @@ from everybit.errors import SourceError
 
 if TYPE_CHECKING:
     from everybit.cli.plan.fleet_spec import Spec
-    from everybit.cli.plan.fleet_types import Candidate
+    from everybit.plan.candidates import Candidate
     from everybit.plan.fleet import Fleet
-    from everybit.plan.fleet_inputs import Limits, ReplicaType
 
-_EQUAL = 1.001  # the solver's own gap, and more
 _SURE = 1.645  # standard deviations on either side of the middle of nine tenths
 
 
@@ -47,9 +43,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     from everybit.cli.plan.fleet_spec import read_spec
-    from everybit.cli.plan.fleet_types import candidates, verifier
+    from everybit.cli.plan.fleet_types import candidates
+    from everybit.cli.plan.options import slo_of
     from everybit.cli.plan.output import print_json
-    from everybit.plan.fleet import plan_fleet
+    from everybit.plan.fleet import finest, plan_fleet
+    from everybit.plan.fleet_checks import queued, simulated
 
     spec = read_spec(args.spec)
     if args.verify and spec.types:
@@ -59,12 +57,16 @@ def run(args: argparse.Namespace) -> int:
     if not types:
         name, why = next(iter(without.items()))
         raise SourceError(f"none of {len(without)} replica types is possible; {name}: {why}")
-    limits = spec.limits if args.compatible else _finest(spec, types)
+    verify = None
+    if found:
+        slo, losses = slo_of(spec.slo), spec.limits.spot_losses
+        simulate = simulated(found, spec.demand, slo, engine=spec.engine, spot_losses=losses)
+        verify = simulate if args.verify else queued(found, spec.demand, slo, spot_losses=losses)
     fleet = plan_fleet(
         spec.demand,
         types,
-        limits,
-        verify=verifier(spec, found) if args.verify else None,
+        spec.limits if args.compatible else finest(spec.demand, types, spec.limits),
+        verify=verify,
         slices=args.compatible,
         explain=not args.brief,
     )
@@ -76,9 +78,15 @@ def run(args: argparse.Namespace) -> int:
                 "types": types,
                 "impossible": without,
                 "verified": args.verify,
+                "held_by": _held(args, bool(found)),
+                "prices": {one.type.name: one.price or "given" for one in found},
                 "rests_on": {
                     one.type.name: {"efficiencies": one.efficiency.source, "card": one.known} for one in found
                 },
+                "caps": {
+                    one.type.name: {"flops": one.cap.flops, "bandwidth": one.cap.bandwidth} for one in found if one.cap
+                },
+                "cleanest_hours": {one.card: one.cleanest for one in spec.offers if one.cleanest},
             }
         )
     else:
@@ -86,17 +94,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _finest(spec: Spec, types: list[ReplicaType]) -> Limits:
-    """The limits with the highest floor of quality that costs no more: the program itself does not prefer quality."""
-    from everybit.plan.fleet import plan_fleet
-
-    cheapest = plan_fleet(spec.demand, types, spec.limits).cost_usd_per_h
-    for floor in sorted({one.quality for one in types}, reverse=True)[:-1]:
-        limits = replace(spec.limits, least_quality=max(floor, spec.limits.least_quality or floor))
-        with contextlib.suppress(SourceError):  # no fleet of these
-            if plan_fleet(spec.demand, types, limits).cost_usd_per_h <= cheapest * _EQUAL:
-                return limits
-    return spec.limits
+def _held(args: argparse.Namespace, estimated: bool) -> str:
+    if args.verify:
+        return "simulation"
+    return "queues (M/M/c)" if estimated else "utilisation"
 
 
 def _text(args: argparse.Namespace, spec: Spec, fleet: Fleet, found: list[Candidate], without: dict[str, str]) -> str:
@@ -137,8 +138,33 @@ def _text(args: argparse.Namespace, spec: Spec, fleet: Fleet, found: list[Candid
         lines.append(f"runner-up: {counts} at {fleet.runner_up.usd_per_h:.2f} $/h")
     lines += [f"impossible: {name}: {why}" for name, why in without.items()]
     used = [one for one in found if one.type.name in fleet.counts]
+    for one in used:
+        lines.append(f"price of {one.type.name}: {_price(one)}")
+        if one.cap:
+            lines.append(
+                f"cap of {one.type.name}: rates are those under it, arithmetic at {one.cap.flops:.0%}, reading at "
+                f"{one.cap.bandwidth:.0%} of the card's"
+            )
     for card, known, efficiency in dict.fromkeys((one.card.name, one.known, one.efficiency) for one in used):
         factor = math.exp(_SURE * efficiency.spread)
         lines.append(f"rates on {card}: {efficiency.source}; nine in ten times are within x{factor:.2f}; card: {known}")
-    held = "verified by simulation" if args.verify else "not simulated (--verify)"
-    return "\n".join([*lines, f"utilisation at most {fleet.utilisation:.0%}, {held}"])
+    lines += [
+        f"cleanest hours of {one.card}: {', '.join(map(str, one.cleanest))} (from {min(one.carbon):g}, on average "
+        f"{one.g_per_kwh:.0f} g/kWh)"
+        for one in spec.offers
+        if one.cleanest
+    ]
+    held = {
+        "simulation": "verified by simulation",
+        "queues (M/M/c)": "where queues by a formula (M/M/c) keep the SLO; not simulated (--verify)",
+        "utilisation": "as told; not simulated (rates are the spec's)",
+    }
+    return "\n".join([*lines, f"utilisation at most {fleet.utilisation:.0%}, {held[_held(args, bool(found))]}"])
+
+
+def _price(one: Candidate) -> str:
+    each = one.type.usd_per_h / one.type.devices
+    if one.price is None:
+        listed = ", ".join(f"{price.kind} {price.usd_per_h:g} ({price.date})" for price in one.card.prices)
+        return f"{each:g} $/h of a device, given; listed: {listed or 'nothing'}"
+    return f"{each:g} $/h of a device, {one.price.kind}, {one.price.provider}, {one.price.date}"

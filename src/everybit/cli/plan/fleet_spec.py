@@ -3,7 +3,8 @@
     model = "meta-llama/Llama-3.1-8B"       # a name, or a folder beside this file
     bits = ["everybit3", "everybit8"]       # widths, a replica type each
     slo = "ttft=1s,tpot=50ms,share=0.95"    # means for the plan; its share for a simulation
-    engine = "everybit"                     # also: calibration = ["h100.json"], cautious = true, carbon, pue
+    engine = "everybit"                     # also: calibration = ["h100.json"], cautious = true, pue
+    carbon = 400                            # g CO2e/kWh, or a list of 24, by hour of the day; also of a type
 
     [[demand]]                              # or [trace] file, prompt = [edges], output = [edges], speed
     prompt = 1000
@@ -18,7 +19,7 @@
     [limits]                                # of fleet_inputs.Limits; utilisation is 0.8 if not given
     quotas = { "H100 SXM" = 4 }
 
-    [quality]                               # by width, higher is better; or report = "report.json" of everybit eval
+    [quality]                               # by width, parts of 1; or report = "report.json" of everybit eval
     everybit3 = 0.91
 
 A type may be told by figures of its own instead: name, hardware, usd_per_h, rates (requests/s for each bucket), and the
@@ -42,6 +43,7 @@ from everybit.plan.simulate.requests import Request
 from everybit.plan.simulate.traces import read_trace
 
 UTILISATION = 0.8
+_MOST_G_PER_KWH = 3000
 _TOP = ("model", "bits", "kv_bits", "activation_bits", "slo", "engine", "calibration", "cautious", "carbon", "pue",
         "demand", "trace", "types", "limits", "quality")  # fmt: skip
 _OFFER = ("card", "tp", "bits", "price", "cap_w", "interruptions_per_h", "recovery_s", "carbon")
@@ -49,7 +51,8 @@ _OFFER = ("card", "tp", "bits", "price", "cap_w", "interruptions_per_h", "recove
 
 @dataclass(frozen=True)
 class Offer:
-    """A card of which replicas can be had. `price`: a kind, or $/h of one device. `carbon`: g/kWh where it stands."""
+    """A card of which replicas can be had. `price`: a kind, or $/h of one device. `carbon`: g/kWh where it stands, by
+    hour, or one for all."""
 
     card: str
     tp: tuple[int, ...]
@@ -58,7 +61,17 @@ class Offer:
     cap_w: float | None
     interruptions_per_h: float | None
     recovery_s: float
-    carbon: float | None
+    carbon: tuple[float, ...]
+
+    @property
+    def g_per_kwh(self) -> float:
+        return sum(self.carbon) / len(self.carbon)
+
+    @property
+    def cleanest(self) -> list[int]:
+        """The six hours with the least CO2; none where it is not told by hour."""
+        hours = sorted(range(len(self.carbon)), key=lambda hour: self.carbon[hour])
+        return sorted(hours[:6]) if len(set(self.carbon)) > 1 else []
 
 
 @dataclass(frozen=True)
@@ -137,8 +150,12 @@ def _offer(row: dict[str, Any], data: dict[str, Any], where: str) -> Offer:
     price = row.get("price", "on-demand")
     if not isinstance(price, str) and not (_is_number(price) and 0 <= price <= 1000):
         raise SourceError(f"{where}: price {price!r}, expected on-demand, spot, reserved, or $/h of one device from 0")
+    if price != "spot" and (given := {"interruptions_per_h", "recovery_s"} & set(row)):
+        raise SourceError(f"{where}: {min(given)} with price {price!r}, expected it with spot alone: leave it out")
     bits = _list(row.get("bits", data.get("bits", "own")))
-    carbon = _number(row, "carbon", _number(data, "carbon", None, where), where)
+    carbon = _list(row.get("carbon", data.get("carbon", 0.0)))
+    if len(carbon) not in (1, 24) or not all(_is_number(one) and 0 <= one <= _MOST_G_PER_KWH for one in carbon):
+        raise SourceError(f"{where}: carbon {carbon}, expected g/kWh, 0 to {_MOST_G_PER_KWH}, or 24 of them, by hour")
     return Offer(
         str(row["card"]),
         tuple(tps),
@@ -147,7 +164,7 @@ def _offer(row: dict[str, Any], data: dict[str, Any], where: str) -> Offer:
         _number(row, "cap_w", None, where),
         _number(row, "interruptions_per_h", None, where),
         _number(row, "recovery_s", 120.0, where) or 0.0,
-        carbon,
+        tuple(map(float, carbon)),
     )
 
 
@@ -193,8 +210,8 @@ def _quality(table: Any, path: Path) -> dict[str, float]:
     if not isinstance(table, dict):
         raise SourceError(f"{path}: quality {table!r}, expected a table of numbers by width")
     if "report" not in table:
-        if bad := [key for key, value in table.items() if not _is_number(value)]:
-            raise SourceError(f"{path}, quality: {bad[0]} is {table[bad[0]]!r}, expected a number")
+        if bad := [key for key, value in table.items() if not (_is_number(value) and 0 <= value <= 1)]:
+            raise SourceError(f"{path}, quality: {bad[0]} is {table[bad[0]]!r}, expected a part of 1, as 0.91 for 91 %")
         return {str(key): float(value) for key, value in table.items()}
     report = path.parent / str(table["report"])
     try:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 
 from everybit.cli.options import positive_int
-from everybit.cli.plan.options import add_cards, add_json, add_model, add_split, cards_of, models_of, split_of
+from everybit.cli.plan.options import (
+    add_cards,
+    add_json,
+    add_model,
+    add_split,
+    cards_of,
+    models_of,
+    split_of,
+    tell_formats,
+)
 from everybit.errors import SourceError
 
 
@@ -50,4 +59,5 @@ def run(args: argparse.Namespace) -> int:
     for card, width, one in found:
         if one.why:
             print(f"{card.name}, {width}: {one.why}")
+    print(f"widths: {tell_formats(models)}")
     return 0

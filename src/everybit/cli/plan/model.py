@@ -1,4 +1,4 @@
-"""`everybit plan model MODEL`: its operators, bytes, parameters and cache, and what of its config was not used."""
+"""`everybit plan model [MODEL]`: operators, bytes, parameters and cache; what was not used; without MODEL the names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from everybit.cli.plan.options import add_json, add_model, models_of
+from everybit.errors import SourceError
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -13,17 +14,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "model",
         help="operators, bytes, parameters and cache of a model",
         description="Read a config.json, an overlay or a name of the offline set, and show what the planner sees. "
-        "Weights and fields that it does not use are listed.",
+        "Weights and fields that it does not use are listed. Without MODEL: the names of the offline set.",
     )
-    add_model(parser)
+    add_model(parser, required=False)
     add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from everybit.cli.plan.output import print_json
-    from everybit.plan.model import describe
+    from everybit.plan.model import describe, models
 
+    if args.model is None:
+        if (args.bits, args.kv_bits, args.activation_bits) != (None,) * 3:
+            raise SourceError("--bits and the like arrived without MODEL: say whose widths they are")
+        print_json(models()) if args.json else print("\n".join(models()))
+        return 0
     found = {width: describe(model) for width, model in models_of(args).items()}
     if args.json:
         print_json(found)

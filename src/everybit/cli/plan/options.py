@@ -23,24 +23,35 @@ if TYPE_CHECKING:
     from everybit.plan.simulate.metrics import Slo
 
 Width = int | float | str | Path | None
-_BITS = "4, 2-8, everybit3-8, fp8, int4, 4,8,16, or a PLAN.json of everybit allocate"
+_BITS = "4, 2-8, everybit3-8, fp8, w8a8, w4a16, int4, 4,8,16, or a PLAN.json of everybit allocate"
+_FP8 = ("fp8", "fp8_block", "mxfp8")  # who says so means activations too
+_WIDE = {"fp8": 8.0, "int8": 8.0, "fp16": 16.0, "bf16": 16.0}
 
 
-def add_model(parser: argparse.ArgumentParser, several: bool = True, activations: bool = True) -> None:
+def add_model(
+    parser: argparse.ArgumentParser, several: bool = True, activations: bool = True, required: bool = True
+) -> None:
     """`several`: --bits may name more than one width."""
     parser.add_argument(
-        "model", metavar="MODEL", help="a folder with config.json, a config.json, an overlay, or a name"
+        "model",
+        metavar="MODEL",
+        nargs=None if required else "?",
+        help="a folder with config.json, a config.json, an overlay, or a name (everybit plan model lists them)",
     )
     group = parser.add_argument_group("widths")
     group.add_argument(
         "--bits",
         metavar="BITS",
-        help=f"of weights: {_BITS}; of an overlay its own precisions (default: the checkpoint's)"
-        + ("; a row for each" if several else ""),
+        help=f"of weights: {_BITS}; of an overlay its own precisions (default: the checkpoint's); fp8 is w8a8, other "
+        "widths leave activations at 16 bits" + ("; a row for each" if several else ""),
     )
-    group.add_argument("--kv-bits", type=number, metavar="BITS", help="of the KV cache (default: the checkpoint's)")
+    group.add_argument(
+        "--kv-bits", type=bits_or_format, metavar="BITS", help="of the KV cache, or fp8 (default: the checkpoint's)"
+    )
     if activations:
-        group.add_argument("--activation-bits", type=number, metavar="BITS", help="of what weights are multiplied with")
+        group.add_argument(
+            "--activation-bits", type=bits_or_format, metavar="BITS", help="of what weights are multiplied with, or fp8"
+        )
 
 
 def add_cards(parser: argparse.ArgumentParser, several: bool = True) -> None:
@@ -109,6 +120,14 @@ def number(text: str) -> float:
     return value
 
 
+def bits_or_format(text: str) -> float:
+    """An argparse type: bits of activations or of a cache, as a number or a format."""
+    try:
+        return _WIDE[text] if text in _WIDE else number(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number or one of {', '.join(_WIDE)}") from None
+
+
 def widths(text: str | None) -> list[Width]:
     """What --bits names: numbers, formats, the path of a plan; None: the checkpoint's own. Raises: SourceError"""
     if text is None:
@@ -142,23 +161,75 @@ def _width(text: str) -> Width:
 
 def model_of(args: argparse.Namespace) -> Model:
     """The one model that a command takes. Raises: SourceError, ModelError and of overlays others"""
+    return one_width(args)[1]
+
+
+def one_width(args: argparse.Namespace) -> tuple[str, Model]:
+    """The one model that a command takes, and what its width is called. Raises: as `model_of`"""
     found = models_of(args)
     if len(found) > 1:
         raise SourceError(f"--bits {args.bits}: this command takes one width, {len(found)} were given")
-    return next(iter(found.values()))
+    return next(iter(found.items()))
 
 
 def models_of(args: argparse.Namespace) -> dict[str, Model]:
     """By width, in the order given. Fields of the config that were not used are told on stderr."""
-    from everybit.plan.model import read_model
-
     models = {}
     for width in widths(args.bits):
-        activation_bits = getattr(args, "activation_bits", None)
-        model = read_model(args.model, weight_bits=width, kv_bits=args.kv_bits, activation_bits=activation_bits)
+        model = read_width(args.model, width, args.kv_bits, getattr(args, "activation_bits", None))
         models[_label(width, model)] = model
     tell_unknown(models.values())
     return models
+
+
+def read_width(source: str, width: Width, kv_bits: float | None = None, activation_bits: float | None = None) -> Model:
+    """The model at a width of --bits: fp8 and the like multiply 8-bit activations, and w4a16 says both itself.
+
+    Raises: SourceError, ModelError and of overlays others
+    """
+    from everybit.plan.model import read_model
+
+    if width in _FP8 and activation_bits is None:
+        activation_bits = 8.0
+    if term := re.fullmatch(r"w(4|8|16)a(4|8|16)", str(width)):
+        if activation_bits not in (None, float(term[2])):
+            raise SourceError(
+                f"--bits {width} and --activation-bits {activation_bits:g}: they differ, give one of them"
+            )
+        width, activation_bits = {"4": "int4", "8": "int8", "16": "bf16"}[term[1]], float(term[2])
+    return read_model(source, weight_bits=width, kv_bits=kv_bits, activation_bits=activation_bits)
+
+
+def formats(model: Model) -> dict[str, float]:
+    """Bits of the weights in layers (scales counted), of what they are multiplied with, and of the cache."""
+    linears = [(one, layer.count) for layer in model.layers for one in layer.linears]
+    linears += [
+        (one, layer.count * layer.experts.count)
+        for layer in model.layers
+        if layer.experts
+        for one in layer.experts.linears
+    ]
+    stored = sum(one.bytes * 8 * count for one, count in linears) / sum(one.weights * count for one, count in linears)
+    return {"weight_bits": stored, "activation_bits": model.activation_bits, "kv_bits": model.kv_bits}
+
+
+def tell_formats(models: dict[str, Model]) -> str:
+    said = (
+        "{}: {weight_bits:.3g}-bit weights x {activation_bits:g}-bit activations, {kv_bits:g}-bit cache".format(
+            width, **formats(model)
+        )
+        for width, model in models.items()
+    )
+    return "; ".join(said)
+
+
+def check_multiplied(width: str, model: Model, card: Hardware) -> None:
+    """Raises: SourceError where fp8 was asked of a card that cannot multiply it"""
+    if width in _FP8 and model.activation_bits == 8 and "fp8" not in card.flops:
+        raise SourceError(
+            f"card {card.name} multiplies no fp8: pass --bits w8a16 (weights alone)"
+            + (", or w8a8 for its int8" if "int8" in card.flops else "")
+        )
 
 
 def _label(width: Width, model: Model) -> str:
@@ -216,12 +287,14 @@ def calibrations_of(args: argparse.Namespace, cards: Iterable[Hardware]) -> dict
     return found
 
 
-def efficiency_of(args: argparse.Namespace, card: Hardware) -> Efficiency:
-    """The calibrated one, or the prior. Raises: SourceError"""
+def efficiency_of(args: argparse.Namespace, card: Hardware, model: Model | None = None) -> Efficiency:
+    """The calibrated one, or the prior; with `model` what holds for it. Raises: SourceError"""
     from everybit.plan.efficiency import prior
 
     calibration = calibrations_of(args, [card]).get(card.name)
-    return calibration.efficiency if calibration else prior(card, args.engine)
+    if model is None:
+        return calibration.efficiency if calibration else prior(card, args.engine)
+    return calibration.of(model).efficiency if calibration else prior(card, args.engine).of(model)
 
 
 def price_of(text: str) -> str | float:
@@ -245,6 +318,18 @@ def usd_per_h_of(text: str, card: Hardware) -> float | None:
     if isinstance(price, float):
         return price
     return card.price(price).usd_per_h if any(one.kind == price for one in card.prices) else None
+
+
+def tell_price(text: str, card: Hardware) -> str:
+    """Of one device: where it stands and since when, or which kinds are known instead. Raises: SourceError"""
+    price = price_of(text)
+    if isinstance(price, float):
+        return f"price: {price:g} $/h of one device, as given"
+    kinds = {one.kind: card.price(one.kind) for one in card.prices}
+    if one := kinds.get(price):
+        return f"price of {card.name}: {one.usd_per_h:g} $/h {one.kind}, {one.provider}, {one.date}"
+    known = ", ".join(f"{kind} ({one.usd_per_h:g} $/h, {one.date})" for kind, one in kinds.items())
+    return f"price of {card.name}: no {price} one is known, {f'only {known}' if known else 'nor another'}: give $/h"
 
 
 def carbon_of(args: argparse.Namespace) -> tuple[Interval | None, float]:

@@ -63,7 +63,9 @@ def gb(count: float) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Raises: OutputError"""
+    partial = path.with_name(path.name + ".partial")
     try:
-        path.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name that is no UTF-8
+        partial.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}; choose a place that can be written") from None

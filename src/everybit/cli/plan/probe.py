@@ -78,12 +78,12 @@ def measure(threads: int = 0, seconds: float = 30) -> Measurements:
     Raises: ModelError (threads), SourceError (too little memory, times that make no sense)
     """
     from everybit import __version__, _native
-    from everybit.cli.probe import _available_bytes, _model_name, thread_counts
+    from everybit.cli.probe import available_bytes, processor_name, thread_counts
     from everybit.engine.runtime import check_threads
     from everybit.plan.probe import Measurements
 
     threads = check_threads(threads)
-    if 0 < (free := _available_bytes()) < NEEDED_BYTES:
+    if 0 < (free := available_bytes()) < NEEDED_BYTES:
         raise SourceError(f"{free / 1e9:.1f} GB are free, a probe needs {NEEDED_BYTES / 1e9:g}: stop other programs")
     counts = sorted({*thread_counts(_native.usable_processors()), threads})
     array_bytes = _native.stream_array_bytes()
@@ -130,7 +130,7 @@ def measure(threads: int = 0, seconds: float = 30) -> Measurements:
         took = best[bits, rows, into] - best["step"] - count * launch_s
         weight_s[bits, rows, into] = took / (count * OUT * into)
     return Measurements(
-        processor=_model_name(),
+        processor=processor_name(),
         date=datetime.date.today().isoformat(),
         version=__version__,
         threads=threads,

@@ -18,8 +18,10 @@ from everybit.cli.plan.options import (
     add_split,
     calibrations_of,
     card_of,
-    model_of,
+    check_multiplied,
+    one_width,
     split_of,
+    tell_formats,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     from everybit.cli.plan.output import figure, print_json, table, write_text
     from everybit.plan.estimate import roofline
 
-    model, card = model_of(args), card_of(args)
+    (width, model), card = one_width(args), card_of(args)
+    check_multiplied(width, model, card)
     found = roofline(
         model,
         card,
@@ -79,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         for one in getattr(found, phase)
     ]
     print(table(["phase", "operator", "FLOP a byte", "TFLOP/s", "ms", "bound by"], rows))
+    print(f"width: {tell_formats({width: model})}")
     if args.svg:
         print(f"written: {args.svg}")
     return 0

@@ -19,11 +19,13 @@ from everybit.cli.plan.options import (
     add_split,
     carbon_of,
     card_of,
+    check_multiplied,
     efficiency_of,
     models_of,
     number,
     slo_of,
     split_of,
+    tell_price,
     usd_per_h_of,
     widths,
 )
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from everybit.plan.simulate.metrics import Slo
     from everybit.plan.simulate.requests import Request
     from everybit.plan.simulate.run import Link, Simulated
+    from everybit.plan.simulate.traces import Trace
 
 _LENGTHS = 64  # pairs that lengths are drawn from
 _SURE = 1.645  # standard deviations on either side of the middle of nine tenths
@@ -80,7 +83,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "these decode")  # fmt: skip
     how.add_argument("--link-gbps", type=number, metavar="G", help="1e9 bytes/s from prompts to decoding (default: the "
         "card's link between nodes)")  # fmt: skip
-    add_split(parser, "tp", "ep")
+    how.add_argument("--offload", action="store_true", help="stream the weights that do not fit from slower memory")
+    how.add_argument("--drafts", type=positive_int, metavar="N", help="everybit: tokens drafted a step, at most")
+    how.add_argument("--acceptance", type=number, metavar="X", help="chance that a draft is right, drawn with --seed")
+    how.add_argument("--draft-bits", type=positive_int, metavar="BITS", help="that draft, fewer than --bits")
+    add_split(parser)
     add_money(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--slo", metavar="TEXT", help="such as ttft=1s,tpot=50ms,fluidity=0.9,share=0.99")
@@ -100,18 +107,29 @@ def run(args: argparse.Namespace) -> int:
     from everybit.plan.hardware import weakest
     from everybit.plan.simulate.metrics import measure
     from everybit.plan.simulate.output import write_chrome, write_records
+    from everybit.plan.speculation import speculation_of
 
     if args.seed < 0:
         raise SourceError(f"--seed {args.seed}: expected 0 or more")
     card = card_of(args)
-    efficiency, usd = efficiency_of(args, card), usd_per_h_of(args.price, card)
+    rungs = _rungs(args, card)
+    efficiency, usd = efficiency_of(args, card, rungs[max(rungs)]), usd_per_h_of(args.price, card)
     carbon, pue = carbon_of(args)
     slo = slo_of(args.slo) if args.slo else None
     target = _target(args.deadlines, slo)
     deployment = Deployment(
-        _rungs(args), card, split_of(args), efficiency, args.engine, budget=args.budget, most=args.most
+        rungs,
+        card,
+        split_of(args),
+        efficiency,
+        args.engine,
+        budget=args.budget,
+        most=args.most,
+        speculation=speculation_of(args.drafts, args.acceptance, args.draft_bits),
+        offload=args.offload,
+        seed=args.seed,
     )
-    requests = requests_of(args)
+    requests, trace = requests_of(args)
     documents: dict[str, dict[str, Any]] = {}
     for name, pace in _paces(args, efficiency).items():
         done = _simulate(args, deployment, requests, target, pace)
@@ -126,19 +144,21 @@ def run(args: argparse.Namespace) -> int:
                 write_records(args.records, done)
             if args.chrome:
                 write_chrome(args.chrome, done)
-    rests = {"efficiencies": efficiency.source, "card": weakest(card)}
+    rests = {"efficiencies": efficiency.source, "card": weakest(card), "price": tell_price(args.price, card)}
     if args.json:
-        print_json({**documents, "rests_on": rests})
+        told = {"rows": trace.rows, "taken": len(requests), "skipped": trace.skipped} if trace else None
+        print_json({**documents, "trace": told, "rests_on": rests})
     else:
-        print(_text(args, card, documents, rests))
+        print("\n".join([*_text(args, deployment, documents, rests), *([_tell(trace)] if trace else [])]))
     return 0
 
 
 # --- what is simulated
-def _rungs(args: argparse.Namespace) -> dict[int, Model]:
+def _rungs(args: argparse.Namespace, card: Hardware) -> dict[int, Model]:
     """By precision; 0: a width that is none. Raises: SourceError for several of which one is none"""
     found = {}
-    for width, model in zip(widths(args.bits), models_of(args).values(), strict=True):
+    for width, (label, model) in zip(widths(args.bits), models_of(args).items(), strict=True):
+        check_multiplied(label, model, card)
         match = re.fullmatch(r"(?:everybit)?(\d)", str(width))
         if match is None and len(widths(args.bits)) > 1:
             raise SourceError(f"--bits {args.bits}: several are an overlay's precisions, such as 3-8 or everybit3-8")
@@ -160,10 +180,10 @@ def _target(text: str | None, slo: Slo | None) -> Target:
     return Target(parse_time("--deadlines", first), parse_time("--deadlines", gap))
 
 
-def requests_of(args: argparse.Namespace) -> list[Request]:
+def requests_of(args: argparse.Namespace) -> tuple[list[Request], Trace | None]:
     """Raises: SourceError"""
     from everybit.plan.simulate.requests import draw, speed_up
-    from everybit.plan.simulate.traces import read_trace
+    from everybit.plan.simulate.traces import load_trace
 
     if (args.rate is None) == (args.users is None and args.trace is None):
         raise SourceError("expected one load: --trace FILE, --rate R, or --users N (also with a trace's lengths)")
@@ -173,14 +193,15 @@ def requests_of(args: argparse.Namespace) -> list[Request]:
     if args.trace and (args.prompt or args.output):
         raise SourceError("--prompt and --output are drawn lengths; a trace has its own: leave them out")
     if args.trace:
-        found = read_trace(args.trace)[: args.requests]
-        return found if args.speed is None else speed_up(found, args.speed)
+        trace = load_trace(args.trace)
+        found = trace.requests[: args.requests]
+        return found if args.speed is None else speed_up(found, args.speed), trace
     randomly = random.Random(args.seed)
     prompt, output = _range("--prompt", args.prompt or "1024"), _range("--output", args.output or "256")
     lengths = [(randomly.randint(*prompt), randomly.randint(*output)) for _ in range(_LENGTHS)]
     burstiness = 1.0 if args.burstiness is None else args.burstiness
     rate = 1.0 if args.rate is None else args.rate
-    return draw(rate, args.requests or 300, lengths, burstiness=burstiness, seed=args.seed)
+    return draw(rate, args.requests or 300, lengths, burstiness=burstiness, seed=args.seed), None
 
 
 def _range(name: str, text: str) -> tuple[int, int]:
@@ -214,6 +235,8 @@ def _simulate(
         raise SourceError("--link-gbps goes with --decode-replicas")
     if split and args.engine != "vllm":
         raise SourceError("--decode-replicas goes with --engine vllm: everybit's own engine does not pass caches on")
+    if split and deployment.split.pp * deployment.split.dp > 1:
+        raise SourceError("--decode-replicas splits phases between whole replicas: leave --pp and --dp out")
     return simulate(
         requests,
         paced.pool(args.replicas, context, target, args.router, name="prompts" if split else "replica", holds=split),
@@ -258,7 +281,9 @@ def _bill(
 
 
 # --- what is said
-def _text(args: argparse.Namespace, card: Hardware, documents: dict[str, dict[str, Any]], rests: dict[str, str]) -> str:
+def _text(
+    args: argparse.Namespace, deployment: Deployment, documents: dict[str, dict[str, Any]], rests: dict[str, str]
+) -> list[str]:
     from everybit.cli.plan.output import figure, table
 
     rows = []
@@ -273,13 +298,20 @@ def _text(args: argparse.Namespace, card: Hardware, documents: dict[str, dict[st
         shares = (100 * one.get(bits, 0) / sum(one.values()) for one in tokens)
         rows.append([f"tokens at {bits} bits, %", *map(figure, shares)])
     lines = [
-        f"{args.model} on {replicas} replicas of {args.tp} x {card.name}, {args.engine}: "
+        f"{args.model} on {replicas} replicas of {deployment.split.devices} x {deployment.card.name}, {args.engine}: "
         f"{first['requests']['scored']} requests scored, {first['requests']['failed']} failed",
         table(["", *documents], rows),
         f"rests on: {rests['efficiencies']}; figures of the card: {rests['card']}",
+        rests["price"],
     ]
     refused = first["requests"]["failed"]
-    return "\n".join([*lines, *(["failed requests count as outside the SLO"] if refused else [])])
+    return [*lines, *(["failed requests count as outside the SLO"] if refused else [])]
+
+
+def _tell(trace: Trace) -> str:
+    from everybit.plan.simulate.traces import tell_skipped
+
+    return f"trace: {trace.rows:,} rows read, skipped {tell_skipped(trace.skipped) or 'none'}"
 
 
 _ROWS = {

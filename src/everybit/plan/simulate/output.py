@@ -44,8 +44,10 @@ def write_chrome(path: Path, done: Simulated, most: int = MOST_EVENTS) -> None:
 
 
 def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
     try:
-        path.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}; choose a place that can be written") from None
 

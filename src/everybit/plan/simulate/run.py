@@ -19,12 +19,18 @@ from everybit.plan.simulate.router import Lane, RoundRobin, Router
 
 @dataclass(frozen=True)
 class Pool:
-    """Replicas behind one router. Raises: SourceError"""
+    """Replicas behind one router, which a request reaches `first_s` after it arrives at the server (HTTP, tokenizing).
+
+    Raises: SourceError
+    """
 
     replicas: tuple[Replica, ...]
     router: Router
+    first_s: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.first_s < math.inf:
+            raise SourceError(f"a pool that requests reach after {self.first_s} s: expected 0 or more")
         names = [one.name for one in self.replicas]
         if not names or len(set(names)) < len(names):
             raise SourceError(
@@ -121,7 +127,7 @@ class _Run:
         ordered = sorted(requests, key=lambda one: one.at_s)
         self._later = iter(ordered[users:] if users else ())
         for one in ordered[:users]:
-            self._push(0.0 if users else one.at_s, one)
+            self._ask(0.0 if users else one.at_s, one)
         self._closed = users is not None
 
     def run(self) -> Simulated:
@@ -136,8 +142,8 @@ class _Run:
             for replica in self._replicas if step.ends_s == now_s else ():
                 if replica.ends_s == now_s:
                     touched[replica] = None
-                    for place, id, bits in replica.finish():
-                        self._token(replica, place, id, bits, now_s)
+                    for place, tokens in replica.finish():
+                        self._tokens(replica, place, tokens, now_s)
             while self._events and self._events[0][0] <= now_s:
                 _, _, request, transfer = heappop(self._events)
                 for lane in self._transferred(request, now_s) if transfer else self._arrived(request, now_s):
@@ -157,34 +163,39 @@ class _Run:
             raise EverybitError(f"requests {stuck[:5]} never ended: the simulator lost them")
         return Simulated(tuple(self._outcomes.values()), self._replicas, now_s, tuple(self._transfers))
 
+    def _ask(self, at_s: float, request: Request) -> None:
+        self._outcomes[request.id].at_s = at_s
+        self._push(at_s + self._pool.first_s, request)
+
     def _push(self, at_s: float, request: Request, transfer: bool = False) -> None:
         heappush(self._events, (at_s, next(self._order), request, transfer))
 
-    def _token(self, replica: Replica, place: int, id: int, bits: int | None, now_s: float) -> None:
-        outcome = self._outcomes[id]
-        request = outcome.request
-        replica.work_tokens[place] -= 1 if outcome.times_s else 1 + request.prompt_tokens
-        outcome.times_s.append(now_s)
-        outcome.bits.append(bits)
-        if outcome.complete:
-            if self._link is not None and len(outcome.times_s) == 1:
-                replica.engines[place].release(id)
-            self._ended(now_s)
-        elif self._link is not None and len(outcome.times_s) == 1:
-            begin_s = max(now_s, self._links[replica])
-            seconds = self._link.seconds(request.prompt_tokens)
-            self._links[replica] = begin_s + seconds
-            self._transfers.append((id, begin_s, seconds))
-            self._push(begin_s + seconds, request, True)
+    def _tokens(self, replica: Replica, place: int, tokens: Sequence[tuple[int, int | None]], now_s: float) -> None:
+        outcomes, work = self._outcomes, 0
+        for id, bits in tokens:
+            outcome = outcomes[id]
+            times_s, request = outcome.times_s, outcome.request
+            work += 1 if times_s else 1 + request.prompt_tokens
+            times_s.append(now_s)
+            outcome.bits.append(bits)
+            if len(times_s) == request.output_tokens:
+                if self._link is not None and len(times_s) == 1:
+                    replica.engines[place].release(id)
+                self._ended(now_s)
+            elif self._link is not None and len(times_s) == 1:
+                begin_s = max(now_s, self._links[replica])
+                seconds = self._link.seconds(request.prompt_tokens)
+                self._links[replica] = begin_s + seconds
+                self._transfers.append((id, begin_s, seconds))
+                self._push(begin_s + seconds, request, True)
+        replica.work_tokens[place] -= work
 
     def _ended(self, now_s: float) -> None:
         """A user of a closed loop thinks, and asks again."""
         if self._closed and (request := next(self._later, None)) is not None:
-            self._push(now_s + self._think_s, request)
+            self._ask(now_s + self._think_s, request)
 
     def _arrived(self, request: Request, now_s: float) -> list[Lane]:
-        outcome = self._outcomes[request.id]
-        outcome.at_s = now_s if self._closed else request.at_s
         asked = replace(request, output_tokens=1) if self._link else request
         return self._submit(asked, self._pool, now_s, 0)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
@@ -40,11 +41,22 @@ class Timing:
     e2e_s: float
 
 
-def read_trace(path: Path) -> list[Request]:
-    """By time, the first at 0, numbered from 0; requests without prompt or output tokens are left out.
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """`requests` by time, the first at 0, numbered from 0; `rows` that were read, and those `skipped`, by reason."""
 
-    Raises: SourceError naming the line
-    """
+    requests: list[Request]
+    rows: int
+    skipped: Mapping[str, int]
+
+
+def read_trace(path: Path) -> list[Request]:
+    """The requests of `load_trace`. Raises: SourceError naming the line"""
+    return load_trace(path).requests
+
+
+def load_trace(path: Path) -> Trace:
+    """Requests without prompt or output tokens are skipped. Raises: SourceError naming the line"""
     found: Iterable[Request]
     lines = _lines(path)
     if lines[0].lstrip().startswith("{"):
@@ -54,13 +66,25 @@ def read_trace(path: Path) -> list[Request]:
         found = _records(path, objects) if ours else _mooncake(path, chain([header], objects))
     else:
         found = _table(path, *_rows(path, lines))
-    requests = sorted((one for one in found if one.prompt_tokens > 0 and one.output_tokens > 0), key=lambda r: r.at_s)
+    rows, requests, skipped = 0, list[Request](), Counter[str]()
+    for one in found:
+        rows += 1
+        if one.prompt_tokens > 0 and one.output_tokens > 0:
+            requests.append(one)
+        else:
+            skipped["no output tokens" if one.prompt_tokens > 0 else "no prompt tokens"] += 1
     if not requests:
-        raise SourceError(f"{path}: no requests with prompt and output tokens; expected {_EXPECTED}")
+        why = f"{rows} rows, {tell_skipped(skipped)}" if rows else "no rows"
+        raise SourceError(f"{path}: no requests ({why}); expected {_EXPECTED}")
+    requests.sort(key=lambda one: one.at_s)
     begin_s = requests[0].at_s
     requests = [replace(one, id=id, at_s=one.at_s - begin_s) for id, one in enumerate(requests)]
     check(requests)
-    return requests
+    return Trace(requests, rows, skipped)
+
+
+def tell_skipped(skipped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} with {reason}" for reason, count in skipped.items())
 
 
 def read_timings(path: Path) -> list[Timing]:
