@@ -121,7 +121,7 @@ def per_group(name: str, groups: dict[Any, list[Sample]], tested: list[tuple[lis
             continue
         found = [error for rows, fit in mine for error in errors(rows, fit.efficiency)]
         inside = [
-            abs(math.log1p(error)) < 1.645 * fit.efficiency.spread
+            abs(math.log1p(error)) < 1.645 * fit.of(rows[0].model).efficiency.spread
             for rows, fit in mine
             for error in errors(rows, fit.efficiency)
         ]
@@ -368,6 +368,44 @@ def viewer(row: dict[str, str], switches: Sequence[str]) -> float:
     return seconds
 
 
+def viewer_prefill(row: dict[str, str], switches: Sequence[str]) -> float:
+    """Seconds of a prompt with some of LLM-Viewer's ways switched on (its model_analyzer.py, 472f71f)."""
+    weight, other = VIEWER_BITS[row["bits"]]
+    name = row["model"].replace("Llama-3-8B", "Meta-Llama-3-8B")
+    model = replace(widths(read_model(name, activation_bits=other), weight), kv_bits=float(other))
+    hardware = read_hardware(VIEWER_CARDS[row["hw"]])
+    if "H100 at 3,072 GB/s" in switches and row["hw"] == "nvidia_H100_SXM":
+        hardware = scaled(hardware, VIEWER_H100_BYTES_PER_S / hardware.main_memory.bytes_per_s)
+    batch, tokens, each = int(row["batch"]), int(row["seqlen"]), other / 8
+    bandwidth = hardware.main_memory.bytes_per_s
+    works = Cost(model, hardware).works(Step(chunks=((tokens, 0),) * batch))
+    seconds = sum(work.many * max(work.compute_s, work.memory_s) for work in works if work.kind != "attention")
+    if "norms, sums, activations apart" in switches:  # 4 that read and write a hidden state, and 1 that reads two
+        seconds += sum(layer.count for layer in model.layers) * 11 * batch * tokens * model.hidden * each / bandwidth
+    attention = [work for work in works if work.kind == "attention"]
+    if "no causal half" not in switches:
+        return seconds + sum(work.many * max(work.compute_s, work.memory_s) for work in attention)
+    peak = Cost(model, hardware).peak(16 if other == 16 else 8, other)[0]
+    for layer in model.layers:
+        assert layer.attention
+        heads, size = layer.attention.heads, layer.attention.key_dim
+        pairs, softmax = batch * tokens**2 * heads, 5 / peak
+        product, flash = 2 * size / peak, row["attn"] == "flash"
+        if "scores in memory" not in switches:
+            seconds += layer.count * 2 * pairs * product
+            continue
+        rows = batch * tokens * size * heads * each
+        few = rows * layer.attention.kv_heads / heads
+        if flash:  # its output has the size of the scores, and is written twice; keys are read for each 128 rows
+            moved = rows + 2 * pairs * each + 2 * math.ceil(tokens / min(128, size)) * rows
+            seconds += layer.count * max(pairs * (2 * product + softmax), moved / bandwidth)
+        else:
+            seconds += layer.count * max(pairs * product, (2 * few + pairs * each) / bandwidth)
+            seconds += layer.count * max(pairs * product, (few + rows + pairs * each) / bandwidth)
+            seconds += layer.count * max(pairs * softmax, 2 * pairs * each / bandwidth)
+    return seconds
+
+
 CASES: list[Case] = [
     ("genz_0.0.16_outputs.csv", "GenZ decode", "latency_ms", genz, {"phase": "decode"},
      ("GB are GiB", "5 us and hops", "experts: top-k", "bits divide FLOPs", "bits shrink messages",
@@ -377,6 +415,8 @@ CASES: list[Case] = [
       "a third collective for experts", "two heads a prompt token", "no causal half")),
     ("llm_viewer_outputs.csv", "LLM-Viewer decode", "decode_ms", viewer, {},
      ("H100 at 3,072 GB/s", "flash ignores GQA", "naive moves scores")),
+    ("llm_viewer_outputs.csv", "LLM-Viewer prefill", "prefill_ms", viewer_prefill, {},
+     ("H100 at 3,072 GB/s", "norms, sums, activations apart", "no causal half", "scores in memory")),
 ]  # fmt: skip
 
 

@@ -52,8 +52,7 @@ def test_an_original_any_precision_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04 qweight")
     refuse(
         tmp_path,
-        "is an original Any-Precision checkpoint, not an everybit overlay: everybit import will convert it once that "
-        r"importer exists \(planned, not available yet\)",
+        "is an original Any-Precision checkpoint, not an everybit overlay: run everybit import ",
     )
 
 

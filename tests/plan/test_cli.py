@@ -216,7 +216,7 @@ def test_fp8_means_weights_and_activations(call: Call, fail: Call) -> None:
     assert "differ, give one" in fail(*args, "--bits", "w8a8", "--activation-bits", 16)
     for command in ("estimate", "roofline", "explain"):
         said = fail(command, MODEL, "--on", "a10g", "--bits", "fp8")
-        assert said == "card A10G multiplies no fp8: pass --bits w8a16 (weights alone), or w8a8 for its int8"
+        assert said == "card A10G multiplies no fp8: pass w8a16 (weights alone), or w8a8 for its int8"
 
 
 def test_estimate_keeps_what_fits_and_says_why_the_rest_does_not(call: Call) -> None:

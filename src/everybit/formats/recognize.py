@@ -56,9 +56,8 @@ def require_overlay(folder: Path, names: list[str], config: Mapping[str, Any]) -
         return
     if "anyprec" in config:
         raise FormatError(
-            f"{folder} is an original Any-Precision checkpoint, not an everybit overlay: everybit import will convert "
-            "it once that importer exists (planned, not available yet), until then run everybit quantize on the "
-            "original model"
+            f"{folder} is an original Any-Precision checkpoint, not an everybit overlay: "
+            f"run everybit import {folder} to make one"
         )
     if not any(name.endswith(".safetensors") for name in names):
         refuse_pickle(folder, names)

@@ -15,6 +15,7 @@ from everybit.plan.hardware import Hardware, Price, weakest
 from everybit.plan.operators import Model
 from everybit.plan.power import Capped, capped
 from everybit.plan.simulate.metrics import Slo
+from everybit.plan.widths import check_multiplied
 
 _MOST_CLIENTS = 4096
 _DEAR = 20  # times the list price: cents, or the price of a rack
@@ -86,6 +87,7 @@ def candidate(
 
     Raises: SourceError where it keeps the SLO for no bucket, its price or power is unknown, or its cap too low
     """
+    check_multiplied(bits, model, card)
     terms = terms or Terms()
     name = type_name(card, tp, bits, terms)
     usd_per_h, price = _price(card, terms.price)

@@ -213,8 +213,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise SourceError(f"{path} holds a {type(config).__name__}, expected a JSON object: download it again")
     if "anyprec" in config:
         raise SourceError(
-            f"{folder} is an original Any-Precision checkpoint: quantize the float model instead "
-            "(an importer, `everybit import`, is planned and not there yet)"
+            f"{folder} is an original Any-Precision checkpoint: run everybit import {folder}, "
+            "or quantize the float model instead"
         )
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization

@@ -21,6 +21,7 @@ from everybit.plan.simulate.metrics import Slo, measure
 from everybit.plan.simulate.requests import Outcome, Request, draw
 from everybit.plan.simulate.run import simulate
 from everybit.plan.step import Step, StepTime
+from everybit.plan.widths import check_multiplied, read_at
 from everybit.server.planning import Deadline, blame
 from everybit.server.planning_fields import (
     MOST_REQUESTS,
@@ -55,6 +56,7 @@ def estimate_all(body: EstimateFields, deadline: Deadline) -> dict[str, Any]:
             deadline.check()
             options = {**load, "output": body.output, "price": body.prices.get(name, "on-demand")}
             try:
+                check_multiplied(bits, model, card)
                 one = estimate(model, card, **options)
                 why = explain(model, card, most_ttft_s=first, most_tpot_s=gap, **options)
                 roof = _roofline(model, card, **load)
@@ -210,7 +212,7 @@ def _models(body: Common, widths: Sequence[Width]) -> dict[Width, Model]:
     with blame("config" if body.model is None else "model"):
         own = read_model(source)
     with blame("bits"):
-        return {bits: own if bits == "own" else read_model(source, weight_bits=bits) for bits in widths}
+        return {bits: own if bits == "own" else read_at(source, bits) for bits in widths}
 
 
 def _check_config(config: Mapping[str, Any]) -> None:

@@ -17,7 +17,6 @@ from everybit.cli.plan.options import (
     calibrations_of,
     carbon_of,
     cards_of,
-    check_multiplied,
     formats,
     load_of,
     models_of,
@@ -60,6 +59,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     from everybit.cli.plan.output import plain, print_json
     from everybit.plan.estimate import estimate
+    from everybit.plan.widths import check_multiplied
 
     models, cards, split = models_of(args), cards_of(args), split_of(args)
     calibrations = calibrations_of(args, cards)

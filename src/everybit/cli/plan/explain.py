@@ -17,7 +17,6 @@ from everybit.cli.plan.options import (
     calibrations_of,
     carbon_of,
     cards_of,
-    check_multiplied,
     load_of,
     one_width,
     price_of,
@@ -57,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from everybit.cli.plan.output import plain, print_json
     from everybit.plan.estimate import estimate
     from everybit.plan.explain import explain
+    from everybit.plan.widths import check_multiplied
 
     if "all" in args.on:
         raise SourceError("--on all: explain is of one card, the first --on; name it, then its alternatives")

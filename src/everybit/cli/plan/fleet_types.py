@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from everybit.cli.plan.fleet_spec import Offer, Spec
-from everybit.cli.plan.options import read_width, slo_of, widths
+from everybit.cli.plan.options import slo_of, widths
 from everybit.errors import SourceError
 from everybit.plan.calibrate import read_calibration
 from everybit.plan.candidates import Candidate, Terms, candidate, type_name
 from everybit.plan.hardware import Hardware, read_hardware
 from everybit.plan.operators import Model
+from everybit.plan.widths import read_at
 
 
 def candidates(spec: Spec) -> tuple[list[Candidate], dict[str, str]]:
@@ -55,4 +56,4 @@ def _card(spec: Spec, offer: Offer) -> Hardware:
 def _model(spec: Spec, bits: str) -> Model:
     (width,) = widths(None if bits == "own" else bits)
     source = spec.folder / spec.model
-    return read_width(str(source) if source.exists() else spec.model, width, spec.kv_bits, spec.activation_bits)
+    return read_at(str(source) if source.exists() else spec.model, width, spec.kv_bits, spec.activation_bits)

@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from everybit.plan.operators import Model
     from everybit.plan.power import Interval
     from everybit.plan.simulate.metrics import Slo
+    from everybit.plan.widths import Width
 
-Width = int | float | str | Path | None
 _BITS = "4, 2-8, everybit3-8, fp8, w8a8, w4a16, int4, 4,8,16, or a PLAN.json of everybit allocate"
-_FP8 = ("fp8", "fp8_block", "mxfp8")  # who says so means activations too
 _WIDE = {"fp8": 8.0, "int8": 8.0, "fp16": 16.0, "bf16": 16.0}
 
 
@@ -174,30 +173,14 @@ def one_width(args: argparse.Namespace) -> tuple[str, Model]:
 
 def models_of(args: argparse.Namespace) -> dict[str, Model]:
     """By width, in the order given. Fields of the config that were not used are told on stderr."""
+    from everybit.plan.widths import read_at
+
     models = {}
     for width in widths(args.bits):
-        model = read_width(args.model, width, args.kv_bits, getattr(args, "activation_bits", None))
+        model = read_at(args.model, width, args.kv_bits, getattr(args, "activation_bits", None))
         models[_label(width, model)] = model
     tell_unknown(models.values())
     return models
-
-
-def read_width(source: str, width: Width, kv_bits: float | None = None, activation_bits: float | None = None) -> Model:
-    """The model at a width of --bits: fp8 and the like multiply 8-bit activations, and w4a16 says both itself.
-
-    Raises: SourceError, ModelError and of overlays others
-    """
-    from everybit.plan.model import read_model
-
-    if width in _FP8 and activation_bits is None:
-        activation_bits = 8.0
-    if term := re.fullmatch(r"w(4|8|16)a(4|8|16)", str(width)):
-        if activation_bits not in (None, float(term[2])):
-            raise SourceError(
-                f"--bits {width} and --activation-bits {activation_bits:g}: they differ, give one of them"
-            )
-        width, activation_bits = {"4": "int4", "8": "int8", "16": "bf16"}[term[1]], float(term[2])
-    return read_model(source, weight_bits=width, kv_bits=kv_bits, activation_bits=activation_bits)
 
 
 def formats(model: Model) -> dict[str, float]:
@@ -221,15 +204,6 @@ def tell_formats(models: dict[str, Model]) -> str:
         for width, model in models.items()
     )
     return "; ".join(said)
-
-
-def check_multiplied(width: str, model: Model, card: Hardware) -> None:
-    """Raises: SourceError where fp8 was asked of a card that cannot multiply it"""
-    if width in _FP8 and model.activation_bits == 8 and "fp8" not in card.flops:
-        raise SourceError(
-            f"card {card.name} multiplies no fp8: pass --bits w8a16 (weights alone)"
-            + (", or w8a8 for its int8" if "int8" in card.flops else "")
-        )
 
 
 def _label(width: Width, model: Model) -> str:

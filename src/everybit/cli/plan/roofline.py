@@ -18,7 +18,6 @@ from everybit.cli.plan.options import (
     add_split,
     calibrations_of,
     card_of,
-    check_multiplied,
     one_width,
     split_of,
     tell_formats,
@@ -54,6 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     from everybit.cli.plan.output import figure, print_json, table, write_text
     from everybit.plan.estimate import roofline
+    from everybit.plan.widths import check_multiplied
 
     (width, model), card = one_width(args), card_of(args)
     check_multiplied(width, model, card)

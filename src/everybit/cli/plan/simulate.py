@@ -19,7 +19,6 @@ from everybit.cli.plan.options import (
     add_split,
     carbon_of,
     card_of,
-    check_multiplied,
     efficiency_of,
     models_of,
     number,
@@ -156,6 +155,8 @@ def run(args: argparse.Namespace) -> int:
 # --- what is simulated
 def _rungs(args: argparse.Namespace, card: Hardware) -> dict[int, Model]:
     """By precision; 0: a width that is none. Raises: SourceError for several of which one is none"""
+    from everybit.plan.widths import check_multiplied
+
     found = {}
     for width, (label, model) in zip(widths(args.bits), models_of(args).items(), strict=True):
         check_multiplied(label, model, card)

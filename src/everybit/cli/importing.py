@@ -1,0 +1,61 @@
+"""`everybit import FOLDER OUT`: a model that others quantized to an overlay, without quantizing it again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from everybit.errors import SourceError
+
+if TYPE_CHECKING:
+    from everybit.integrations.imported import ImportReport
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "import",
+        help="turn an Any-Precision or ternary checkpoint into an overlay",
+        description="Turn a checkpoint of Any-Precision LLM, or one with ternary weights, into an overlay, losslessly.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="Any-Precision, BitNet or other ternary model folder")
+    parser.add_argument("out", metavar="OUT", help="folder to create")
+    parser.add_argument(
+        "--absmean",
+        action="store_true",
+        help="round float weights to -s, 0 and s as a model does that was trained so (BitNet, MatMul-free)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from everybit.formats import QUANT_METHOD
+    from everybit.formats.files import read_inside
+    from everybit.formats.jsontext import parse_object
+    from everybit.formats.recognize import require_config, require_folder
+    from everybit.integrations.anyprec import import_anyprec
+    from everybit.integrations.ternary import import_ternary
+
+    folder, out = Path(args.folder).expanduser(), Path(args.out).expanduser()
+    require_config(folder, require_folder(folder))
+    config = parse_object(read_inside(folder, "config.json"), str(folder / "config.json"))
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+        raise SourceError(f"{folder} is an overlay already: use it as it is")
+    if "anyprec" not in config:
+        report = import_ternary(folder, out, config, args.absmean)
+    elif args.absmean:
+        raise SourceError(f"--absmean has no effect on an Any-Precision checkpoint ({folder}): drop it")
+    else:
+        report = import_anyprec(folder, out, config)
+    print(json.dumps(report.to_dict()) if args.json else describe(report))
+    return 0
+
+
+def describe(report: ImportReport) -> str:
+    """What it was, the size table, and the next command."""
+    lines = [f"{report.format} checkpoint, {report.weights} quantized weights", str(report.sizes), *report.notes]
+    lines.append(f'next: everybit generate {report.out} --prompt "Once upon a time" --bits {max(report.sizes.rows)}')
+    return "\n".join(lines)
