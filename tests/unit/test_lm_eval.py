@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import everybit
 from everybit.cli.main import main
 from everybit.engine.runtime import Runtime
-from everybit.errors import SourceError
+from everybit.errors import EverybitError, SourceError
 from everybit.integrations.lm_eval_tasks import local_task, read_samples
 from everybit.tokenizer import Tokenizer
 
@@ -275,3 +277,71 @@ def test_blimp_as_measured_independently(shared_data: Path) -> None:
         (score,) = evaluate_tasks(model, load_tasks(["blimp_100"], shared_data / "tasks"))
     assert score.samples == 6700
     assert score.value == pytest.approx(0.5315, abs=0.5e-4 + 1 / 6700)  # as printed, and one pair that is a near tie
+
+
+@needs_lm_eval
+def test_lm_eval_makes_the_model_itself(overlay: str, data: Path) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.registry import get_model
+
+    from everybit.integrations.lm_eval import EverybitLM, evaluate_tasks, load_tasks
+
+    assert get_model("everybit") is EverybitLM
+    asked = {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}  # as lm-eval's command does by default
+    made = EverybitLM.create_from_arg_string(f"pretrained={overlay},bits=2,threads=1,context=64", asked)
+    assert (made.bits, made.runtime.context, made.runtime.threads) == (2, 64, 1)
+    expected = {s.metric: s.value for s in evaluate_tasks(made, load_tasks(["mini"], data))}
+    task = local_task("mini", data)
+    results = simple_evaluate("everybit", f"pretrained={overlay},bits=2", tasks=[task], bootstrap_iters=0)
+    assert {m: results["results"]["mini"][f"{m},none"] for m in expected} == expected
+    assert EverybitLM.create_from_arg_obj({"pretrained": overlay}).bits == 8
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(
+    ("given", "asked", "message"),
+    [
+        ("bits=2", {}, "expected model_args pretrained=OVERLAY"),
+        ("pretrained=absent", {}, "absent"),
+        ("pretrained={0},bits=5", {}, "bits 5 asked"),
+        ("pretrained={0},dtype=float16", {}, "model_args 'dtype' arrived"),
+        ("pretrained={0}", {"batch_size": 8}, "batch_size 8 arrived"),
+        ("pretrained={0},batch_size=auto", {"batch_size": 1}, "batch_size auto arrived"),
+        ("pretrained={0},device=cuda:77", {}, "device 'cuda:77' arrived"),
+        ("pretrained={0},bits=no.json", {}, "no.json"),
+    ],
+)
+def test_model_args_that_are_refused(overlay: str, given: str, asked: dict[str, Any], message: str) -> None:
+    from everybit.integrations.lm_eval import EverybitLM
+
+    with pytest.raises(EverybitError, match=re.escape(message)):
+        EverybitLM.create_from_arg_string(given.format(overlay), asked)
+
+
+@needs_lm_eval
+def test_lm_evals_own_command_knows_the_model(
+    overlay: str, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from everybit.integrations import lm_eval
+
+    task = {
+        "task": "one",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data / "mini.jsonl")}, "cache_dir": str(data / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "query",
+        "doc_to_target": "gold",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (data / "one.yaml").write_text(json.dumps(task))
+    given = ["run", "--model", "everybit", "--tasks", "one", "--include_path", str(data), "--model_args"]
+    codes = []
+    for bits in (2, 5):
+        monkeypatch.setattr(sys, "argv", ["lm_eval", *given, f"pretrained={overlay},bits={bits}"])
+        codes.append(lm_eval.main())
+    assert codes == [0, 2]
+    out, err = capsys.readouterr()
+    assert "|one  |" in out
+    assert "everybit: error: bits 5 asked" in err.splitlines()[-1]

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from everybit import __version__
 from everybit.cli.eval_tasks import load, score, table
 from everybit.cli.options import add_machine_options, parse_bits, plan_file, positive_int
 from everybit.errors import SourceError
@@ -40,6 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--truncate", action="store_true", help="score only the first window of each document, not all of it"
     )
     parser.add_argument("--plot", metavar="FILE", help="draw quality against bits per weight, as .png or .svg")
+    parser.add_argument("--card", action="store_true", help="write the table into the overlay's README.md as well")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     tasks = parser.add_argument_group("tasks", 'these need lm-eval: pip install "everybit[tasks]"')
     tasks.add_argument("--tasks", metavar="NAMES", help="tasks of lm-eval, such as piqa,arc_easy")
@@ -115,6 +117,13 @@ def run(args: argparse.Namespace) -> int:
     if args.plot and report:
         evaluate.plot(report, args.plot)
         print(f"everybit: wrote {args.plot}", file=sys.stderr)
+    if args.card and report:
+        from everybit.quantize.card import write_quality
+
+        text, by = Path(args.text).name, f", beside `{Path(args.reference).name}`" if args.reference else ""
+        write_quality(
+            Path(args.overlay).expanduser(), report.table(), f"Measured by everybit {__version__} on `{text}`{by}:"
+        )
     return 0
 
 
@@ -123,6 +132,7 @@ def _refuse_what_has_no_effect(args: argparse.Namespace) -> None:
         raise SourceError("nothing to score: give --text FILE, --tasks NAMES or both (see everybit eval --help)")
     for option, given, needs in (
         ("--plot", args.plot and not args.text, "--text"),
+        ("--card", args.card and not args.text, "--text"),
         ("--max-tokens", args.max_tokens and not args.text, "--text"),
         ("--truncate", args.truncate and not args.text, "--text"),
         ("--tasks-data", args.tasks_data and not args.tasks, "--tasks"),

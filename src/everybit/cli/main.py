@@ -19,7 +19,23 @@ from everybit import __version__
 from everybit.cli.bench import with_command
 from everybit.errors import EverybitError
 
-COMMANDS = ("quantize", "generate", "chat", "serve", "bench", "plan", "inspect", "allocate", "eval", "compare", "probe")
+COMMANDS = (
+    "quantize",
+    "generate",
+    "chat",
+    "serve",
+    "bench",
+    "plan",
+    "inspect",
+    "allocate",
+    "eval",
+    "compare",
+    "probe",
+    "export",
+    "import",
+    "push",
+)
+MODULES = {"import": "importing"}  # where a command is a word of Python
 USER_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -47,7 +63,7 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     _add_debug(parser)
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for name in commands:
-        importlib.import_module(f"everybit.cli.{name}").add_parser(subparsers)
+        importlib.import_module(f"everybit.cli.{MODULES.get(name, name)}").add_parser(subparsers)
     for subparser in subparsers.choices.values():
         subparser.allow_abbrev = False  # an abbreviation that works today is another option tomorrow
         _add_debug(subparser)

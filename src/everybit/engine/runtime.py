@@ -90,15 +90,17 @@ class Runtime:
 
         `threads` 0: one per processor this process may use. `isa` None: $EVERYBIT_ISA, else the best there is.
         `context` None: the model's own. `mode` exact, default or fast: docs/design/0002. `verify=False`: no checksums.
-        `backend` None: `Native`; another is made with (program, checkpoint, kv_blocks, kv_dtype, most_tokens, debug) and
-        knows no threads, pin, isa and mode.
+        `backend` None: `Native`; another is made with (program, checkpoint, kv_blocks, kv_dtype, most_tokens, debug)
+        and knows no threads, pin, isa and mode.
 
         Cost: planes are neither read nor copied; a precision is verified and its tables built at its first use. Plain
         parameters (embeddings, norms) are verified at once.
         Raises: FormatError, ModelError (architecture, option or processor), ContextError
         """
         if backend is not None and (threads or pin or isa or mode != "default"):
-            raise ModelError("threads, pin, isa or a mode arrived for a device: they are the processor's, leave them out")
+            raise ModelError(
+                "threads, pin, isa or a mode arrived for a device: they are the processor's, leave them out"
+            )
         threads = check_threads(threads)
         pin = [whole(processor, "processor", 0, 1 << 16) for processor in pin]
         sequences = whole(sequences, "sequences", 1, MOST_BLOCKS)

@@ -3,6 +3,11 @@
     with Runtime.open("overlay") as runtime:
         scores = evaluate_tasks(EverybitLM(runtime, Tokenizer.open("overlay"), bits=4), load_tasks(["piqa"]))
 
+Importing this module also makes `everybit` a model type of lm-eval, which looks for none itself; so its own command is
+run through it:
+
+    python -m everybit.integrations.lm_eval run --model everybit --model_args pretrained=overlay,bits=4 --tasks piqa
+
 Needs: lm-eval 0.4.13 or newer of 0.4 (the extra `tasks`). It brings no torch, and neither does this module.
 """
 
@@ -16,21 +21,24 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import model_registry
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from everybit.engine.generate import choose_bits, generate
+from everybit.engine.plan import Plan, Precision
 from everybit.engine.runtime import Runtime
 from everybit.engine.sampling import Sampling
-from everybit.errors import ModelError, SourceError, reason
+from everybit.errors import EverybitError, ModelError, SourceError, reason
 from everybit.integrations.lm_eval_tasks import local_task
 from everybit.tokenizer import Tokenizer
 
@@ -51,13 +59,15 @@ class Score:
 
 
 class EverybitLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types we could check against
-    """An `lm_eval.api.model.LM` that runs in `Runtime`, at one precision (0 for float weights).
+    """An `lm_eval.api.model.LM` that runs in `Runtime`, at one precision (0 for float weights) or by a plan.
 
     A prompt that begins as the one before it keeps its place in the cache, so that the choices of one question cost
     little more than one of them.
     """
 
-    def __init__(self, runtime: Runtime, tokenizer: Tokenizer, bits: int | None = None, progress: bool = True) -> None:
+    def __init__(
+        self, runtime: Runtime, tokenizer: Tokenizer, bits: Precision | None = None, progress: bool = True
+    ) -> None:
         super().__init__()
         self.runtime, self.text = runtime, tokenizer
         self.bits = choose_bits(runtime, bits)
@@ -67,6 +77,44 @@ class EverybitLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types we c
         same = next((i for i, (x, y) in enumerate(zip(bare, some, strict=False)) if x != y), min(len(bare), len(some)))
         self._before, self._after = bare[:same], len(bare) - same  # special tokens that the tokenizer adds
         self._prefix = _first_token(runtime.checkpoint.config, tokenizer, self._before)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> EverybitLM:
+        """From lm-eval's --model_args, `pretrained=OVERLAY,bits=4,...`; the rest as `create_from_arg_obj`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> EverybitLM:
+        """`pretrained` (a folder), and if wanted `bits` (a number or a plan, PLAN.json), `context`, `threads`, `mode`
+        (exact, as in `everybit eval`, unless it says default or fast) and `device` (cuda, cuda:0, ...).
+
+        `additional_config`: lm-eval's --batch_size has to be 1; its --device, which it sets to cuda:0 itself, is
+        not looked at. Raises: SourceError for other options; as Runtime
+        """
+        given, asked = dict(arg_dict), additional_config or {}
+        for name in ("batch_size", "max_batch_size"):
+            if str(value := given.pop(name, None) or asked.get(name) or 1) != "1":
+                raise SourceError(f"{name} {value} arrived, everybit scores one text at a time: leave it out")
+        folder, bits, device = given.pop("pretrained", None), given.pop("bits", None), given.pop("device", "cpu")
+        if unknown := sorted(set(given) - {"context", "threads", "mode"}):
+            raise SourceError(
+                f"model_args {unknown[0]!r} arrived, expected pretrained, bits, context, threads, mode or device"
+            )
+        if not folder:
+            raise SourceError("no model arrived: expected model_args pretrained=OVERLAY,bits=4 or another precision")
+        if device == "cpu":
+            given = {"mode": "exact", **given}
+        else:
+            from everybit.gpu.engine import Device, open_device
+
+            open_device(device)
+            given["backend"] = partial(Device, device=device)
+        runtime = Runtime.open(folder, kv_dtype="float32", **given)
+        if isinstance(bits, str):
+            bits = Plan.open(bits, runtime.checkpoint.overlay)
+        return cls(runtime, Tokenizer.open(folder), bits)
 
     @property
     def eot_token_id(self) -> int:
@@ -173,6 +221,10 @@ class EverybitLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types we c
         return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]
 
 
+if "everybit" not in model_registry:
+    model_registry.register("everybit", target="everybit.integrations.lm_eval:EverybitLM")
+
+
 def load_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, Any]:
     """What `evaluate_tasks` runs: tasks of lm-eval by name, or made from `folder`/NAME.jsonl (nothing is downloaded).
 
@@ -245,3 +297,19 @@ def _calm() -> Iterator[None]:
         os.environ.pop("DISABLE_MULTIPROC")
         if before is not None:
             os.environ["DISABLE_MULTIPROC"] = before
+
+
+def main() -> int:
+    """lm-eval's own command, which then knows `--model everybit`. Returns an exit code: 2 for a user's error."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except EverybitError as error:
+        print("everybit: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

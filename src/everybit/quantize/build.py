@@ -254,7 +254,7 @@ def quantize(
                     bar.update(spec.parameters if spec else 0)
         with writable(partial):
             copy_side_files(source.folder, partial)
-            (partial / "README.md").write_text(model_card(config, sizes), encoding="utf-8")
+            (partial / "README.md").write_text(model_card(config, sizes, source.folder), encoding="utf-8")
         writer.finish()
     promote(partial, out)
     return QuantizeReport(out, sizes, left, unreached, zeros, False, unguided, outliers, tuning, untuned)

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import torch
 from everybit.errors import OutputError
 from everybit.formats import Overlay, OverlayWriter, TensorSpec
 from everybit.formats.weights import require_bits
+from everybit.integrations.transformers.products import Products
 from everybit.integrations.transformers.weights import Slot
 from everybit.quantize.encode import to_numpy
 from everybit.quantize.workspace import free_output, promote
@@ -46,6 +47,7 @@ class OverlayModel(_Base):  # type: ignore[misc]
     overlay: Overlay
     _slots: list[Slot]
     _bits: int
+    _products: Products
 
     @property
     def precision(self) -> int:
@@ -76,11 +78,6 @@ class OverlayModel(_Base):  # type: ignore[misc]
             if bits is not None:
                 self.set_precision(before)
 
-    def __call__(self, *args: Any, bits: int | None = None, **kwargs: Any) -> Any:
-        """The model's forward pass, at `bits` for this call if given."""
-        with self.at_precision(bits):
-            return super().__call__(*args, **kwargs)
-
     def generate(self, *args: Any, bits: int | None = None, **kwargs: Any) -> Any:
         """transformers' generate, at `bits` for this call if given."""
         with self.at_precision(bits):
@@ -91,12 +88,16 @@ class OverlayModel(_Base):  # type: ignore[misc]
     ) -> None:
         """Write the whole overlay (every precision) with the model's unquantized parameters as they are now.
 
-        The folder appears when it is complete. Raises: OutputError when it is not empty, or on options that other
-        formats have (push_to_hub: save, then upload the folder).
+        The folder appears when it is complete. Raises: OutputError when it is not empty, on a model with an adapter, or
+        on options that other formats have (push_to_hub: save, then `everybit push`).
         """
         if kwargs:
             raise OutputError(
                 f"save_pretrained of an overlay knows no {sorted(kwargs)[0]!r}: save, then use the folder"
+            )
+        if any(hasattr(module, "base_layer") for module in self.modules()):
+            raise OutputError(
+                "the model carries an adapter: save that by PeftModel.save_pretrained, or unload it first"
             )
         out = Path(save_directory)
         partial = free_output(out, resume=False, remedy="")
@@ -121,6 +122,15 @@ class OverlayModel(_Base):  # type: ignore[misc]
 
 
 @cache
-def overlay_model_class(base: type) -> type:
-    """`base` with `OverlayModel` mixed in, under its own name (config.json records it)."""
-    return type(base.__name__, (OverlayModel, base), {"__module__": base.__module__})
+def overlay_model_class(base: Any) -> type:
+    """`base` with `OverlayModel` mixed in, under its own name (config.json records it).
+
+    Its forward pass takes `bits`, the precision of this call, wherever it is called from (PEFT does not use __call__).
+    """
+
+    @wraps(base.forward)  # with its signature, which transformers looks at
+    def forward(self: Any, *args: Any, bits: int | None = None, **kwargs: Any) -> Any:
+        with self.at_precision(bits):
+            return base.forward(self, *args, **kwargs)
+
+    return type(base.__name__, (OverlayModel, base), {"__module__": base.__module__, "forward": forward})

@@ -19,6 +19,7 @@ from everybit.errors import FormatError, SourceError
 from everybit.formats import QUANT_METHOD, Overlay
 from everybit.formats.codebooks import CODEBOOKS
 from everybit.integrations.transformers.model import overlay_model_class
+from everybit.integrations.transformers.products import Products
 from everybit.integrations.transformers.weights import attach, detach
 
 if TYPE_CHECKING:  # this module may be imported while transformers itself is still being imported
@@ -55,12 +56,13 @@ class OverlayQuantizer(HfQuantizer):  # type: ignore[misc]
         if not checkpoint_files:
             raise SourceError("an overlay is read from its folder: expected a path or hub id, not a state_dict")
         overlay = Overlay.open(Path(checkpoint_files[0]).parent)
-        slots = attach(model, overlay, overlay.bits[-1], model.base_model_prefix)
+        products = Products()
+        slots = attach(model, overlay, overlay.bits[-1], products, model.base_model_prefix)
         _check_plain(model, overlay)
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | OVERLAY_TENSORS
         model.__class__ = overlay_model_class(type(model))  # type: ignore[arg-type]
-        model.overlay, model._slots, model._bits = overlay, slots, overlay.bits[-1]
+        model.overlay, model._slots, model._bits, model._products = overlay, slots, overlay.bits[-1], products
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for slot in model._slots:
@@ -78,7 +80,8 @@ class OverlayQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters on it are: gradients go through the quantized weights, not to them."""
+        return True
 
 
 def _check_plain(model: PreTrainedModel, overlay: Overlay) -> None:

@@ -1,0 +1,1 @@
+"""Overlays in other people's tools: transformers, PEFT, lm-eval, a hub."""
