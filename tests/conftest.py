@@ -12,10 +12,17 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy models: two threads on a busy two-core machine were 5x slower
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 from hypothesis import settings
+from scripts import screenshots
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -50,6 +57,29 @@ def gpu() -> str:
     if os.environ.get("REQUIRE_GPU") == "1":
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium, under playwright. Absent, the test is skipped; with EVERYBIT_REQUIRE_BROWSER=1 it fails."""
+    with contextlib.ExitStack() as stack:
+        try:
+            from playwright.sync_api import Error, sync_playwright
+        except ImportError:
+            without_browser("the package playwright is not installed")
+        playwright = stack.enter_context(sync_playwright())
+        try:
+            opened = screenshots.open_browser(playwright)
+        except Error as error:
+            without_browser(f"no browser: {error.message.splitlines()[0]}")
+        yield opened
+        opened.close()
+
+
+def without_browser(reason: str) -> NoReturn:
+    if os.environ.get("EVERYBIT_REQUIRE_BROWSER") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

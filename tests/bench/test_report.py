@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from scripts import screenshots
 
 from everybit.bench.fluidity import Deadlines
 from everybit.bench.metrics import measure
@@ -485,27 +482,6 @@ def test_axes_hold_their_values_at_round_ticks() -> None:
 
 
 # --- the page in a browser
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    try:
-        from playwright.sync_api import Error, sync_playwright
-    except ImportError:
-        missing("the package playwright is not installed")
-    with sync_playwright() as playwright:
-        try:
-            opened = screenshots.open_browser(playwright)
-        except Error as error:
-            missing(f"no browser: {error.message.splitlines()[0]}")
-        yield opened
-        opened.close()
-
-
-def missing(reason: str) -> None:
-    if os.environ.get("EVERYBIT_REQUIRE_BROWSER") == "1":
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 class Opened:
     """A report opened from a file, and what must not happen in it."""
 

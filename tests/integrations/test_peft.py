@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import everybit
 from everybit.errors import OutputError, SourceError
 from everybit.tokenizer import Tokenizer
 from tests.conftest import REPOSITORY
 from tests.e2e.architectures import make
+from tests.unit.test_adapter import TOKENS, difference, native, reference
 
 peft = pytest.importorskip("peft")  # everybit[peft]
 
@@ -130,6 +132,57 @@ def test_adapters_that_do_not_fit(overlay: Path, adapter: Path, tmp_path: Path) 
     (other / "adapter_model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(SourceError, match="PEFT cannot put it on this model"):
         everybit.load(overlay, adapter=other)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Any:
+    return model(input_ids=torch.tensor([TOKENS])).logits[0].numpy()
+
+
+def test_the_engine_runs_it_as_peft_does(tiny_llama: Path, overlay: Path, adapter: Path) -> None:
+    for bits in (3, 4, 8):
+        wanted = logits(everybit.load(overlay, bits, adapter=adapter, dtype=torch.float32))
+        assert difference(native(overlay, None, bits), wanted) > 0.1
+        for found in (native(overlay, adapter, bits), reference(overlay, adapter, bits)):
+            assert difference(found, wanted) < 1e-5  # sums in float32; measured at most 2.3e-6 here and below
+    wanted = logits(peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_llama), adapter))
+    for found in (native(tiny_llama, adapter), reference(tiny_llama, adapter)):
+        assert difference(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3", "gemma3", "smollm3", "bitnet", "gpt_oss"])
+def test_the_engine_runs_whatever_peft_saves(family: str, tmp_path: Path) -> None:
+    make(family).save_pretrained(tmp_path / "model")
+    model = make(family)
+    head = not model.config.tie_word_embeddings
+    layers = "q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|gate_up_proj|up_proj|down_proj|fc2|c_attn|c_proj"
+    tuned = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=3,
+            lora_alpha=5,
+            use_rslora=True,
+            init_lora_weights=False,
+            target_modules=rf".*({layers}{'|lm_head' if head else ''})",
+            rank_pattern={r".*1\.(self_attn|attn)\.\w+": 6, "down_proj": 2},
+            alpha_pattern={"^model.layers.1.self_attn.k_proj": 9, "c_proj": 1},
+        ),
+    ).eval()
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    wanted = logits(tuned)
+    assert difference(native(tmp_path / "model"), wanted) > 0.1
+    assert difference(native(tmp_path / "model", tmp_path / "adapter"), wanted) < 1e-5
+    if head:
+        tuned.save_pretrained(tmp_path / "adapter")  # with the head itself
+        with pytest.raises(SourceError, match=r"lm_head\.base_layer\.weight'.*save_embedding_layers=False"):
+            native(tmp_path / "model", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}])
+def test_the_engine_refuses_what_is_not_plain_lora(tiny_llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    with_lora(LlamaForCausalLM.from_pretrained(tiny_llama), **options).save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match=f"{next(iter(options))} .* arrived, expected plain LoRA"):
+        native(tiny_llama, tmp_path)
 
 
 def test_the_trainer_trains_it(overlay: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ skip, or fail with EVERYBIT_REQUIRE_BROWSER=1. `python -m tests.server.test_page
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import threading
@@ -199,27 +198,6 @@ def server() -> Iterator[PlayedServer]:
     yield played
     played.shutdown()
     played.server_close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    try:
-        from playwright.sync_api import Error, sync_playwright
-    except ImportError:
-        missing("the package playwright is not installed")
-    with sync_playwright() as playwright:
-        try:
-            opened = screenshots.open_browser(playwright)
-        except Error as error:
-            missing(f"no browser: {error.message.splitlines()[0]}")
-        yield opened
-        opened.close()
-
-
-def missing(reason: str) -> None:
-    if os.environ.get("EVERYBIT_REQUIRE_BROWSER") == "1":
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 class Watch:

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 import uvicorn
-from scripts import screenshots
 
 from everybit.plan.hardware import cards
 from everybit.server import planning
@@ -30,7 +29,6 @@ from everybit.server.app import Server, Settings
 from everybit.server.keys import Key, Keys
 from everybit.server.planning import Deadline, Desk
 from everybit.server.problems import Problem
-from tests.server.test_page import missing
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -382,21 +380,6 @@ def test_files_are_small_and_stay_at_home() -> None:
     other = {path.name for path in (planning.PAGE.parent / "page").iterdir()}
     assert named - other == {path.name for path in files} - {"plan.html"}
     assert not other & {path.name for path in files}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    try:
-        from playwright.sync_api import Error, sync_playwright
-    except ImportError:
-        missing("the package playwright is not installed")
-    with sync_playwright() as playwright:
-        try:
-            opened = screenshots.open_browser(playwright)
-        except Error as error:
-            missing(f"no browser: {error.message.splitlines()[0]}")
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

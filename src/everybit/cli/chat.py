@@ -29,6 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("overlay", metavar="MODEL", help="folder made by everybit quantize, or a float model folder")
     parser.add_argument("--bits", default="auto", metavar="auto|N", help="precision (default auto)")
+    parser.add_argument("--adapter", metavar="FOLDER", help="put a LoRA adapter that PEFT saved on every precision")
     parser.add_argument("--system", metavar="TEXT", help="instructions that stand before the conversation")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
     parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="default 0.7")
@@ -54,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
     Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed or 0)  # or it is refused, at once
     backend = backend_of(args, "fast")
     mode = "default" if backend else args.mode
-    with Runtime.open(args.overlay, threads=args.threads, mode=mode, context=args.context, backend=backend) as runtime:
+    with Runtime.open(
+        args.overlay, threads=args.threads, mode=mode, context=args.context, adapter=args.adapter, backend=backend
+    ) as runtime:
         conversation = Conversation(
             runtime, Batcher(runtime), Tokenizer.open(args.overlay), ChatTemplate.open(args.overlay), args
         )

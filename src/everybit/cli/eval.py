@@ -30,6 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--bits", default="all", help="precisions: all, 3, 2-8 or 2,4,8; or a plan, PLAN.json (default: all)"
     )
+    parser.add_argument("--adapter", metavar="FOLDER", help="put a LoRA adapter that PEFT saved on every precision")
     parser.add_argument("--reference", metavar="MODEL", help="the float model that was quantized, for KL and top-1")
     parser.add_argument(
         "--context", type=positive_int, metavar="N", help="tokens per window (default: the model's own, up to 2048)"
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as opened:
         opened.enter_context(contextlib.redirect_stdout(sys.stderr))  # stdout carries the report alone
         how = {"threads": args.threads, "mode": args.mode}
-        model = opened.enter_context(evaluate.EngineModel.open(args.overlay, context, **how))
+        model = opened.enter_context(evaluate.EngineModel.open(args.overlay, context, adapter=args.adapter, **how))
         reference = (
             opened.enter_context(evaluate.EngineModel.open(reference_folder, context, **how))
             if reference_folder
@@ -93,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
                 "leave the option out, or give that model's folder"
             )
         threads = model.runtime.threads
-        print(f"everybit: {model.runtime.isa}, {threads} thread{'s' if threads > 1 else ''}, {args.mode} mode")
+        adapter = f", adapter {args.adapter}" if args.adapter else ""
+        print(f"everybit: {model.runtime.isa}, {threads} thread{'s' if threads > 1 else ''}, {args.mode} mode{adapter}")
         tokenizer = Tokenizer.open(args.overlay)
         if documents:
             report = evaluate.evaluate(
@@ -140,6 +142,8 @@ def _refuse_what_has_no_effect(args: argparse.Namespace) -> None:
     ):
         if given:
             raise SourceError(f"{option} has no effect without {needs}: give {needs} as well, or drop it")
+    if args.card and args.adapter:
+        raise SourceError(f"--card writes into the overlay, which has no adapter {args.adapter}: drop one of them")
     for option, given in (("--plot", args.plot), ("--tasks", args.tasks)):
         if given and plan_file(args.bits):
             raise SourceError(f"{option} works with precisions, not with the plan {args.bits}: drop one of them")

@@ -23,6 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--bits", metavar="N|PLAN.json", help="precision, or a plan of everybit allocate (default: the highest it has)"
     )
+    parser.add_argument("--adapter", metavar="FOLDER", help="put a LoRA adapter that PEFT saved on every precision")
     parser.add_argument("--max-tokens", type=int, default=100, metavar="N", help="new tokens at most (default 100)")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of streaming text")
 
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         context=args.context,
         kv_dtype=args.kv_dtype,
         debug=args.debug_numerics,
+        adapter=args.adapter,
         backend=backend,
     )
     with runtime:
@@ -101,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         generation = generate(runtime, prompt, sampling, args.max_tokens, precision, stop_ids=tokenizer.eos_ids)
         plan = generation.bits if isinstance(generation.bits, Plan) else None
         weights = str(plan) if plan else f"{generation.bits} bits" if generation.bits else "float weights"
+        weights += f" with the adapter {args.adapter}" if args.adapter else ""
         threads = f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}, {args.mode} mode"
         how = f"{runtime.isa}, {args.dtype or 'float16'}" if backend else f"{runtime.isa}, {threads}"
 
@@ -133,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
             "bits": None if plan else generation.bits or None,
             "plan": str(plan_path) if plan else None,
             "bpw": plan.bpw if plan else None,
+            "adapter": args.adapter,
             "prompt_tokens": len(prompt),
             "new_tokens": len(generation.tokens),
             "mode": args.mode,

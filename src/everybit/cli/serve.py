@@ -37,6 +37,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--plan", action="append", default=[], metavar="NAME=FILE", help="a plan of everybit allocate, by name"
     )
 
+    parser.add_argument(
+        "--adapter", type=Path, metavar="FOLDER", help="a LoRA adapter that PEFT saved, on every precision of one model"
+    )
+
     engine = parser.add_argument_group("engine")
     engine.add_argument("--threads", type=int, default=0, metavar="N", help="default: one per processor")
     engine.add_argument(
@@ -126,6 +130,8 @@ def run(args: argparse.Namespace) -> int:
         )
     models = _folders(args.overlays)
     plans = _pairs(args.plan)
+    if args.adapter and len(models) > 1:
+        raise SourceError(f"--adapter {args.adapter} is for one model, {len(models)} arrived: serve it by itself")
 
     from everybit.batching.fluidity import Target
     from everybit.server.app import Server, Settings
@@ -152,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
         target=Target(int(args.ttft_ms * 1e6), int(args.tpot_ms * 1e6)),
         speculate=not args.no_speculation,
         backend=backend,
+        adapter=args.adapter.expanduser() if args.adapter else None,
     )
     names = {"localhost", "127.0.0.1", "::1", args.host, *args.allow_host} if local or args.allow_host else set()
     hosts = {name.lower() for name in names}
@@ -167,9 +174,10 @@ def run(args: argparse.Namespace) -> int:
 
         here = {name: folder.resolve() for name, folder in models.items()}  # replicas start in another folder
         plans = {name: path.resolve() for name, path in plans.items()}
+        adapter = opening.adapter.resolve() if opening.adapter else None
         threads = args.threads or max(1, len(os.sched_getaffinity(0)) // most)
         serve_on_ray(
-            replace(opening, models=here, plans=plans, threads=threads),
+            replace(opening, models=here, plans=plans, threads=threads, adapter=adapter),
             settings,
             host=args.host,
             port=args.port,

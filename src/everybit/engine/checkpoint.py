@@ -44,6 +44,7 @@ class Checkpoint:
         plain = overlay.plain_names() if overlay else list(self._shard_of)
         self.names: tuple[str, ...] = tuple(sorted([*plain, *self._weights]))
         self._names = frozenset(self.names)
+        self._added: dict[str, F32] = {}
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], verify: bool = True) -> Checkpoint:
@@ -81,6 +82,10 @@ class Checkpoint:
     def __contains__(self, name: object) -> bool:
         return name in self._names
 
+    def add(self, tensors: Mapping[str, F32]) -> None:
+        """Serve plain tensors beside the model's own, under names that it does not have. `names` stay the model's."""
+        self._added |= tensors
+
     def quantized(self, name: str) -> WeightSpec | None:
         """What is stored of a quantized parameter, or None for a plain one."""
         return self._weights.get(name)
@@ -105,6 +110,8 @@ class Checkpoint:
 
         Raises: FormatError, ChecksumError
         """
+        if name in self._added:
+            return self._added[name], "F32"
         spec = self._spec(name)
         view = self.overlay.tensor(name) if self.overlay else self._shard_of[name].view(name)
         return view, spec.dtype
@@ -156,6 +163,8 @@ class Checkpoint:
         self.close()
 
     def _spec(self, name: str) -> TensorSpec:
+        if name in self._added:
+            return TensorSpec("F32", self._added[name].shape)
         if name in self._weights:
             raise FormatError(f"{self.folder}: parameter {show(name)} is quantized: read it with dense()")
         if name not in self._names:

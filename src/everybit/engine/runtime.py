@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everybit import _native
+from everybit.engine.adapter import Adapter
 from everybit.engine.checkpoint import Checkpoint
 from everybit.engine.models import build
 from everybit.engine.native import BLOCK_TOKENS, Native, make_step
@@ -57,8 +58,17 @@ class Backend(Protocol):
 class Runtime:
     """An opened model with room for `sequences` sequences of up to `context` tokens. Make one with `Runtime.open`."""
 
-    def __init__(self, checkpoint: Checkpoint, native: Backend, context: int, sequences: int, threads: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        native: Backend,
+        context: int,
+        sequences: int,
+        threads: int,
+        adapter: Adapter | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
+        self.adapter = adapter
         self.native = native
         self.context = context
         self.sequences = sequences
@@ -84,18 +94,20 @@ class Runtime:
         most_tokens: int = 512,
         debug: bool = False,
         verify: bool = True,
+        adapter: str | os.PathLike[str] | None = None,
         backend: Callable[..., Backend] | None = None,
     ) -> Runtime:
         """An overlay, or a folder of float safetensors, ready to run.
 
         `threads` 0: one per processor this process may use. `isa` None: $EVERYBIT_ISA, else the best there is.
         `context` None: the model's own. `mode` exact, default or fast: docs/design/0002. `verify=False`: no checksums.
+        `adapter`: a folder with a LoRA adapter of PEFT, put on every precision.
         `backend` None: `Native`; another is made with (program, checkpoint, kv_blocks, kv_dtype, most_tokens, debug)
         and knows no threads, pin, isa and mode.
 
         Cost: planes are neither read nor copied; a precision is verified and its tables built at its first use. Plain
         parameters (embeddings, norms) are verified at once.
-        Raises: FormatError, ModelError (architecture, option or processor), ContextError
+        Raises: FormatError, ModelError (architecture, option or processor), ContextError, SourceError (adapter)
         """
         if backend is not None and (threads or pin or isa or mode != "default"):
             raise ModelError(
@@ -128,6 +140,9 @@ class Runtime:
                     f"{sequences} sequences of {context} tokens need {blocks_of(context) * sequences} KV blocks, "
                     f"expected at most {MOST_BLOCKS}: open the model with a smaller context"
                 )
+            adapted = Adapter.open(Path(adapter).expanduser()) if adapter is not None else None
+            if adapted:
+                program = adapted.put_on(program, checkpoint)
             make = backend or partial(Native, threads=threads, pin=pin, isa=isa, mode=mode)
             native = make(
                 program,
@@ -148,7 +163,7 @@ class Runtime:
         except BaseException:
             checkpoint.close()
             raise
-        return cls(checkpoint, native, context, sequences, threads)
+        return cls(checkpoint, native, context, sequences, threads, adapted)
 
     def prefill(self, sequence: int, tokens: Sequence[int], bits: Precision = 0) -> F32:
         """Append tokens to a sequence. `bits`: a precision of the overlay or a plan for it; 0 where weights are float.

@@ -28,6 +28,7 @@ class Opening:
     target: Target
     speculate: bool
     backend: Callable[..., Backend] | None = None
+    adapter: Path | None = None
 
     def open(self) -> dict[str, Served]:
         """All or none. Raises: as Served.open"""
@@ -49,6 +50,7 @@ class Opening:
                     target=self.target,
                     speculate=self.speculate,
                     backend=self.backend,
+                    adapter=self.adapter,
                 )
         except BaseException:
             close(opened)
@@ -61,6 +63,7 @@ class Opening:
         for name, served in opened.items():
             bits = served.runtime.bits
             what = f"{min(bits)} to {max(bits)} bits" if bits else "float weights"
+            what += f" with the adapter {self.adapter.name}" if self.adapter else ""
             threads = f"{served.runtime.threads} thread{'s' if served.runtime.threads > 1 else ''}"
             lines.append(f"everybit: {name}: {what}, {served.runtime.isa}, {threads}, {self.mode} mode")
         return "\n".join(lines)

@@ -70,6 +70,7 @@ class Served:
         target: Target,
         speculate: bool,
         backend: Callable[..., Backend] | None = None,
+        adapter: Path | None = None,
     ) -> Served:
         """Opens a folder and makes the default precision ready, of `auto` its highest; the batcher makes the others.
 
@@ -87,6 +88,7 @@ class Served:
             kv_dtype=kv_dtype,
             most_tokens=budget,
             backend=backend,
+            adapter=adapter,
         )
         try:
             batcher = Batcher(
@@ -227,12 +229,16 @@ class Served:
 
 
 def _weights(runtime: Runtime) -> str:
-    """A name for the weights: of an overlay its checksums', of float models their files' sizes and times."""
+    """A name for the weights: of an overlay its checksums', of float models their files' sizes and times; and of an
+    adapter its checksum."""
     overlay, folder = runtime.checkpoint.overlay, runtime.checkpoint.folder
     if overlay is not None:
-        return identity(overlay).removeprefix("sha256:")
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256(repr(files).encode()).hexdigest()
+        found = identity(overlay).removeprefix("sha256:")
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        found = hashlib.sha256(repr(files).encode()).hexdigest()
+    return hashlib.sha256(f"{found} {runtime.adapter.checksum}".encode()).hexdigest() if runtime.adapter else found
 
 
 def find(models: dict[str, Served], asked: str) -> tuple[Served, int | str | None]:
