@@ -13,7 +13,7 @@ STAMP := $(VENV)/.everybit-setup
 NATIVE := $(shell find native -type f \( -name '*.cc' -o -name '*.h' -o -name 'CMakeLists.txt' \) 2>/dev/null)
 CXX_FORMATTED := $(filter %.cc %.h,$(NATIVE)) $(wildcard src/everybit/gpu/cuda/*.cu src/everybit/gpu/cuda/*.cuh tests/gpu/*.h tests/gpu/*.cc)
 
-.PHONY: help setup clients check format test test-all test-native bench demo clean
+.PHONY: help setup clients check format test test-all test-vllm test-native bench demo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/  \1\t/' | expand -t 14
@@ -39,11 +39,14 @@ format: setup  ## rewrite the files as `make check` wants them
 	$(BIN)/ruff format .
 	@if [ -n "$(CXX_FORMATTED)" ]; then $(BIN)/clang-format -i $(CXX_FORMATTED); fi
 
-test: setup  ## the fast tests (no GPU, no network, no download)
-	$(BIN)/python -m pytest -m "not slow"
+test: setup  ## the fast tests (no GPU, no network, no download), in two processes
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: setup  ## the slow tests too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-vllm:  ## the plug-in inside vLLM, in an environment of its own (1.5 GB, 10 minutes the first time)
+	bash scripts/vllm_tests.sh
 
 test-native:  ## the C++ tests under sanitizers (some minutes: it builds them)
 	bash scripts/native_tests.sh

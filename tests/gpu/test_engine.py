@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_a_full_gpu_says_what_fits(overlay: Path, monkeypatch: pytest.MonkeyPatc
 
         monkeypatch.setattr(tested._parameters, "prepare", full)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))
-        with pytest.raises(ModelError, match="are full: up to 4 bits fit") as caught:
+        with pytest.raises(ModelError, match="are full: planes of up to 4 bits fit") as caught:
             tested.prepare(8)
         assert "\n" not in str(caught.value)
 
@@ -205,3 +206,42 @@ def test_options_that_do_not_go_together(
     error = capsys.readouterr().err.strip()
     assert said in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_what_overflows_stays_in_its_sequence(graphs: bool, overlay: Path) -> None:
+    """Block 0 pads short tables, and the place behind the new tokens was somebody's: both hold what is infinite."""
+    with Checkpoint.open(overlay) as checkpoint:
+        value = next(name for name in checkpoint.overlay.weights if "v_proj" in name)
+        tested = device(checkpoint, dtype="float16", kv_dtype="F16", graphs=graphs)
+        wanted = device(checkpoint, dtype="float16", kv_dtype="F16", graphs=False)
+        times = tested._parameters.times
+
+        def overflow(x: torch.Tensor, name: str, *rest: Any, **how: Any) -> torch.Tensor:
+            return times(x, name, *rest, **how) * (torch.inf if name == value else 1)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tested._parameters, "times", overflow)
+            tested.run(make_step([(np.arange(16), 0, [0]), (np.arange(16), 0, [1])], []), 4)
+        for one in (tested, wanted):
+            one.run(make_step([(np.arange(5, 8), 0, [1]), (np.arange(40), 0, [2, 3, 4])], []), 4)
+        step = make_step([([9], 3, [1]), ([9], 40, [2, 3, 4])], [0, 1])
+        np.testing.assert_allclose(tested.run(step, 4), wanted.run(step, 4), atol=2e-3)
+
+
+def test_without_a_precision_the_most_that_is_loaded(overlay: Path) -> None:
+    on_device = partial(Device, device=DEVICE, dtype="float16", most_bits=4)
+    with Runtime.open(overlay, backend=on_device) as runtime:
+        assert runtime.bits == (2, 3, 4)
+        generation = generate(runtime, [3, 1, 4], Sampling(), 2, None)
+        assert len(list(generation)) == 2
+        assert generation.bits == 4
+
+
+def test_plans_are_forgotten_in_time(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("everybit.gpu.engine.MOST_SERVED", 3)
+    with Checkpoint.open(overlay) as checkpoint:
+        tested = device(checkpoint)
+        for _ in range(5):
+            tested.prepare(Plan.of(checkpoint.overlay, dict.fromkeys(checkpoint.overlay.weights, 3)))
+        assert len(tested._own) == 3

@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         weights = str(plan) if plan else f"{generation.bits} bits" if generation.bits else "float weights"
         weights += f" with the adapter {args.adapter}" if args.adapter else ""
         threads = f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}, {args.mode} mode"
-        how = f"{runtime.isa}, {args.dtype or 'float16'}" if backend else f"{runtime.isa}, {threads}"
+        how = runtime.isa if backend else f"{runtime.isa}, {threads}"
 
         pieces: list[str] = []
 

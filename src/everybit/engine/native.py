@@ -55,6 +55,7 @@ class Native:
     ) -> None:
         self.program = program
         self.checkpoint = checkpoint
+        self.bits = checkpoint.bits
         self.most_tokens = most_tokens
         self._threads = threads
         self._mode = mode

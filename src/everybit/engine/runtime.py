@@ -42,9 +42,11 @@ class Backend(Protocol):
     """What runs a program: `Native` on this machine's processors, `everybit.gpu.engine.Device` on a GPU.
 
     One step at a time; the KV cache belongs to it, and `most_tokens` is the most that a step has. `isa`: on what.
+    `bits`: the precisions that it serves; none for float weights.
     """
 
     program: Program
+    bits: tuple[int, ...]
     most_tokens: int
     isa: str
 
@@ -73,7 +75,7 @@ class Runtime:
         self.context = context
         self.sequences = sequences
         self.threads = threads
-        self.bits = checkpoint.bits
+        self.bits = native.bits
         self.isa = native.isa
         self.vocabulary = native.program.vocabulary
         self.lengths = [0] * sequences  # tokens of each sequence in the cache

@@ -9,6 +9,7 @@ and longest sequence, both rounded up to powers of two. Models with experts run 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from everybit.engine import ops
 from everybit.engine.checkpoint import Checkpoint
-from everybit.engine.native import BLOCK_TOKENS
+from everybit.engine.native import BLOCK_TOKENS, MOST_SERVED
 from everybit.engine.plan import Precision, own_bits, require_precision
 from everybit.engine.program import Program, Step
 from everybit.errors import ModelError, PrecisionError
@@ -43,7 +44,8 @@ class Device:
     `most_bits`: planes beyond are not loaded. `graphs`: whether decoding is captured (on a CPU it is run as it would
     be replayed).
 
-    `kv_bytes`: reserved for the KV cache.
+    `kv_bytes`: reserved for the KV cache. `bits`: the precisions that it serves. Logits depend in their last digits on
+    who shares a step.
 
     Cost: planes and codebooks of all precisions to `most_bits` in the device's memory, once; plain parameters as they
     are stored.
@@ -66,15 +68,18 @@ class Device:
     ) -> None:
         self.program, self.checkpoint, self.most_tokens, self._debug = program, checkpoint, most_tokens, debug
         self.device = open_device(device)
-        self.isa = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"torch {self.device}"
         if dtype not in _DTYPES:
             raise ModelError(f"dtype {dtype!r} arrived, expected one of {', '.join(_DTYPES)}")
         if most_bits is not None and most_bits not in checkpoint.bits:
             raise PrecisionError(
                 f"most_bits {most_bits} arrived, expected one of the overlay's {', '.join(map(str, checkpoint.bits))}"
             )
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"torch {self.device}"
+        self.isa = f"{name}, {dtype}"
+        self.bits = tuple(b for b in checkpoint.bits if most_bits is None or b <= most_bits)
         self._parameters = Parameters(checkpoint, self.device, _DTYPES[dtype], most_bits)
         self._own: dict[Precision, Mapping[str, int]] = {}
+        self._pool: Any = None  # of all graphs, which never run at once
         self._graphs: OrderedDict[tuple[Precision, int, int], _Graph] = OrderedDict()
         self._captures = graphs and not any(isinstance(op, ops.Experts) for op in program.ops)
         self._spare = kv_blocks  # one block more, where padding writes
@@ -101,6 +106,8 @@ class Device:
                     if most is not None and own[name] > spec.served_bits(most):
                         raise PrecisionError(f"{bits} bits were asked, only planes of up to {most} bits are loaded")
                 self._place(lambda name=name: self._parameters.prepare(name, own.get(name, 0)))  # type: ignore[misc]
+            if len(self._own) >= MOST_SERVED:
+                del self._own[next(iter(self._own))]
             self._own[bits] = own
         return self._own[bits]
 
@@ -152,9 +159,22 @@ class Device:
         if key not in self._graphs:
             if len(self._graphs) >= _MOST_GRAPHS:
                 self._graphs.popitem(last=False)
-            self._graphs[key] = _Graph.of(padded, blocks, self._spare, self.device, lambda one: self._pass(one, own))
+            graph = _Graph.of(padded, blocks, self._spare, self.device, lambda one: self._pass(one, own))
+            if self.device.type == "cuda":
+                self._capture(graph)
+            self._graphs[key] = graph
         self._graphs.move_to_end(key)
         return self._graphs[key].run(step, self._spare)[:sequences]
+
+    def _capture(self, graph: _Graph) -> None:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            graph.capture(self._pool)
+        except torch.cuda.OutOfMemoryError:  # once more without the others
+            self._graphs.clear()
+            torch.cuda.empty_cache()
+            graph.capture(self._pool)
 
     def _inputs(self, step: Step) -> Inputs:
         lengths = np.diff(step.starts)
@@ -173,9 +193,10 @@ class Device:
         return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(self.device)
 
     def _place(self, work: Callable[[], Any]) -> Any:
-        """`work`, and where memory is too little an error that says what fits."""
+        """`work` on the device, and where memory is too little an error that says what fits."""
         try:
-            return work()
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+                return work()
         except torch.cuda.OutOfMemoryError:
             raise ModelError(self._too_little()) from None
 
@@ -184,9 +205,9 @@ class Device:
         overlay = self.checkpoint.overlay
         sizes = overlay.sizes().rows if overlay else {}
         fits = [b for b, size in sizes.items() if size.bytes + self.kv_bytes < _FILLED * total]
-        advice = "lower the context or the sequences"
-        if fits:
-            advice = f"up to {fits[-1]} bits fit: load no more (most_bits={fits[-1]}), or {advice}"
+        advice = "lower the context or the sequences, or make room on the GPU"
+        if fits and fits[-1] < self.bits[-1]:
+            advice = f"planes of up to {fits[-1]} bits fit: load no more (most_bits), or {advice}"
         return f"{self.checkpoint.folder}: the {total / _GB:.1f} GB of {self.isa} are full: {advice}"
 
 
@@ -224,23 +245,20 @@ class _Graph:
 
         keys = zeros(sequences, blocks * BLOCK_TOKENS).fill_(spare * BLOCK_TOKENS)
         slots = zeros(sequences).fill_(spare * BLOCK_TOKENS)
-        inputs = Inputs(zeros(sequences), zeros(sequences), slots, None, [Group(0, sequences, keys)])
-        found = cls(inputs, make)
-        if device.type == "cuda":
-            found.capture()
-        return found
+        return cls(Inputs(zeros(sequences), zeros(sequences), slots, None, [Group(0, sequences, keys)]), make)
 
     @torch.inference_mode()
-    def capture(self) -> None:
+    def capture(self, pool: Any) -> None:
         """Run once, so that kernels are compiled and libraries set up, then record."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.make(self.inputs).run()
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
             self.logits = self.make(self.inputs).run()
+        self.graph = graph
 
     @torch.inference_mode()
     def run(self, step: Step, spare: int) -> torch.Tensor:

@@ -120,7 +120,10 @@ class Pass:
 
     def _attention(self, op: ops.Attention) -> None:
         for part, new in enumerate((op.k, op.v)):
-            self.cache[op.layer, part].index_copy_(0, self.inputs.slots, self.read(new).to(self.cache.dtype))
+            # Finite, always: what a mask hides is still multiplied by 0, and blocks change their owners.
+            most = torch.finfo(self.cache.dtype).max
+            kept = torch.nan_to_num(self.read(new), 0.0, most, -most).clamp(-most, most)
+            self.cache[op.layer, part].index_copy_(0, self.inputs.slots, kept.to(self.cache.dtype))
         sinks = self.parameters.vector(op.sinks) if op.sinks else None
         for group in self.inputs.groups:
             own = slice(group.begin, group.end)
