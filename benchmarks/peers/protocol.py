@@ -54,6 +54,7 @@ class Shape:
 SHAPES = {
     "tinyllama-1.1b": Shape("llama", 2048, 5632, 22, 32, 4, 32000),
     "qwen2.5-0.5b": Shape("qwen2", 896, 4864, 24, 14, 2, 151936, bias=True, tied=True),
+    "llama3-8b": Shape("llama", 4096, 14336, 32, 32, 8, 128256),
     "llama7b-8l": Shape("llama", 4096, 11008, 8, 32, 32, 32000),
     "tiny": Shape("llama", 256, 768, 2, 4, 2, 1024),  # to try the scripts
 }
