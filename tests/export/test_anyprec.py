@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import pickle
+import time
 import zipfile
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from everybit.engine.runtime import Runtime
 from everybit.errors import FormatError, SourceError
 from everybit.formats import Overlay
 from everybit.integrations.anyprec import import_anyprec, unpermute
+from everybit.integrations.torch_pickle import TorchFile
 from everybit.kernels import unpack_codes
 
 CONFIG: dict[str, Any] = {
@@ -157,17 +159,55 @@ def rewrite(path: Path, change: dict[str, bytes], compression: int = zipfile.ZIP
             archive.writestr(name, data)
 
 
-# In pickle's own words: a memo number that a table of so many entries would need 64 GB for, attributes set on what the
-# reader gives (in its dictionary, by name), another function of torch; and things that are no tensors.
-REBUILD = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n"
+def text(value: str) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+def storage(kind: bytes = b"ByteStorage", key: bytes = text("0")) -> bytes:
+    return b"(" + text("storage") + b"ctorch\n" + kind + b"\n" + key + text("cpu") + b"K\x01tQ"
+
+
+def tensor(shape: bytes = b"K\x01\x85", strides: bytes = b"K\x01\x85", of: bytes = storage()) -> bytes:
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + of + b"K\x00" + shape + strides + b"tR"
+
+
+# In pickle's own words: what would write past a storage, run code, or never end; and things that are no tensors.
+WIDE = b"}" + text("shape") + b"M\x00\x10\x85s"  # 4096 numbers
+SHARED = b")q\x00" + b"h\x00h\x00\x86q\x00" * 27  # what takes seconds to look through
 PROGRAMS = {
-    "memo": (b"\x80\x02}r\xff\xff\xff\xff.", "no tensor named"),
-    "dictionary": (REBUILD + b"}X\x01\x00\x00\x00aK\x01sb.", "no attribute '__dict__'"),
-    "attribute": (REBUILD + b"N}X\x01\x00\x00\x00aK\x01s\x86b.", "no attribute 'a'"),
-    "function": (b"\x80\x02ctorch\nload\n.", "asks for 'torch' 'load'"),
-    "list": (pickle.dumps([1, 2]), "holds a list, expected a dictionary of tensors"),
-    "number": (pickle.dumps({"a": 1}), "'a' is a int, expected a name with a tensor"),
-    "empty": (b"", "EOFError; expected a dictionary"),
+    "memo": (b"}r\xff\xff\xff\xff.", "no tensor named"),
+    "build tensor": (b"}" + text("a") + tensor() + WIDE + b"bs.", "sets attributes of a TensorRef"),
+    "build storage": (storage() + b"}" + text("numbers") + b"K\x09sb.", "sets attributes of a _Storage"),
+    "build function": (b"ctorch._utils\n_rebuild_tensor_v2\n}b.", "sets attributes of a function"),
+    "function": (b"ctorch\nload\n.", "asks for 'torch load'"),
+    "dotted": (b"ctorch._utils\n_rebuild_tensor_v2.__globals__\n.", "asks for 'torch._utils _rebuild_tensor_v2.__gl"),
+    "call text": (b"ctorch\nByteStorage\n)R.", "calls a str"),
+    "call with items": (b"ccollections\nOrderedDict\n}\x85R.", "calls a type"),
+    "call with nothing": (b"ctorch._utils\n_rebuild_tensor_v2\n)R.", "calls a function"),
+    "object": (b"(ccollections\nOrderedDict\no.", "instruction OBJ"),
+    "instance": (b"(icollections\nOrderedDict\n.", "instruction INST"),
+    "new object": (b"ccollections\nOrderedDict\n)\x81.", "instruction NEWOBJ"),
+    "new object with names": (b"ccollections\nOrderedDict\n)}\x92.", "instruction NEWOBJ_EX"),
+    "stacked global": (text("torch") + text("load") + b"\x93.", "instruction STACK_GLOBAL"),
+    "extension": (b"\x82\x01.", "instruction EXT1"),
+    "text id": (b"P0\n.", "instruction PERSID"),
+    "append": (b"]K\x01a.", "instruction EMPTY_LIST"),
+    "copy": (b")2\x86.", "instruction DUP"),
+    "bytes": (b"C\x01a.", "instruction SHORT_BINBYTES"),
+    "none": (b"N.", "instruction NONE"),
+    "float": (b"G" + b"\0" * 8 + b".", "instruction BINFLOAT"),
+    "key": (b"}K\x01K\x01s.", "no item of a dictionary named by text"),
+    "item of a tensor": (tensor() + text("a") + b"K\x01s.", "no item of a dictionary"),
+    "odd items": (b"}(" + text("a") + b"u.", "no item of a dictionary"),
+    "key of a storage": (storage(key=b"K\x01") + b".", "refers to"),
+    "shape of text": (tensor(shape=text("a")) + b".", "tensor of shape 'a'"),
+    "negative": (tensor(strides=b"J\xff\xff\xff\xff\x85") + b".", r"strides \(-1,\)"),
+    "past": (tensor(shape=b"K\x02\x85") + b".", r"\(2,\), strides \(1,\), passes its 1 numbers"),
+    "too little": (b"\x86.", "takes more than it has"),
+    "tuple": (b"K\x01K\x02\x86.", "holds a tuple, expected a dictionary of tensors"),
+    "number": (b"}" + text("a") + b"K\x01s.", "'a' is a int, expected a tensor"),
+    "unfinished": (b"}", "pickle exhausted"),
+    "empty": (b"", "pickle exhausted before seeing STOP; expected a dictionary"),
 }
 
 
@@ -175,9 +215,54 @@ PROGRAMS = {
 def test_other_programs_are_refused(tmp_path: Path, name: str) -> None:
     program, wanted = PROGRAMS[name]
     checkpoint(tmp_path / "original", (2, 32))
-    rewrite(tmp_path / "original" / "pytorch_model.bin", {"data.pkl": program})
+    rewrite(tmp_path / "original" / "pytorch_model.bin", {"data.pkl": b"\x80\x02" + program})
     with pytest.raises(SourceError, match=wanted):
         import_anyprec(tmp_path / "original", tmp_path / "out", CONFIG)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [b"}" + SHARED + b"K\x01s.", SHARED + b"Q.", storage(key=SHARED) + b".", tensor(shape=SHARED) + b"."],
+    ids=["key", "id", "key of a storage", "shape"],
+)
+def test_a_hundred_bytes_cannot_hold_the_reader_up(tmp_path: Path, program: bytes) -> None:
+    checkpoint(tmp_path / "original", (2, 32))
+    rewrite(tmp_path / "original" / "pytorch_model.bin", {"data.pkl": b"\x80\x02" + program})
+    begin = time.process_time()
+    with pytest.raises(SourceError, match="its pickle"):
+        import_anyprec(tmp_path / "original", tmp_path / "out", CONFIG)
+    assert time.process_time() - begin < 0.5
+
+
+def test_a_state_dict_with_metadata_is_read(tmp_path: Path) -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1, bias=False))
+    state = layer.state_dict()
+    assert state._metadata  # type: ignore[attr-defined]
+    state["view"] = state["0.weight"].T[1:]
+    torch.save(state, tmp_path / "state.bin")
+    with TorchFile(tmp_path, "state.bin") as file:
+        assert list(file.tensors) == list(state)
+        for name, wanted in state.items():
+            assert np.array_equal(file.read(name), wanted.numpy())
+
+
+def test_bounds_are_checked_again_when_a_tensor_is_read(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(3)}, tmp_path / "state.bin")
+    with TorchFile(tmp_path, "state.bin") as file:
+        file.tensors["a"] = replace(file.tensors["a"], shape=(4096,))
+        with pytest.raises(SourceError, match="passes its 3 numbers"):
+            file.read("a")
+
+
+def test_strides_that_are_never_taken_may_be_anything(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(3, dtype=torch.uint8)}, tmp_path / "state.bin")
+    endless = b"\x8a\x0a" + b"\xff" * 9 + b"\x00"  # 2^72 - 1
+    of = storage().replace(b"K\x01tQ", b"K\x03tQ")
+    for shape, wanted in ((b"K\x01", [0]), (b"K\x00", [])):
+        program = b"\x80\x02}" + text("a") + tensor(shape + b"\x85", endless + b"\x85", of) + b"s."
+        rewrite(tmp_path / "state.bin", {"data.pkl": program})
+        with TorchFile(tmp_path, "state.bin") as file:
+            assert file.read("a").tolist() == wanted
 
 
 def test_lying_archives_are_refused(tmp_path: Path) -> None:
@@ -201,6 +286,15 @@ def test_lying_archives_are_refused(tmp_path: Path) -> None:
     )
     attempt("not-finite", "not finite", **{"m.0.q.lut4": torch.full((2, 16), torch.inf).half()})
     attempt("no-weight", r"no tensor named \*\.qweight", **{"m.0.q.qweight": None})
+    attempt(
+        "plane",
+        r"holds a tensor 'm\.0\.q\.weight_plane0', which is the name of a plane or table of 'm\.0\.q\.weight'",
+        **{"m.0.q.weight_plane0": torch.ones(1)},
+    )
+    with pytest.raises(SourceError, match=r"quantization_config .*'gptq'.* arrived beside it, expected one of them"):
+        import_anyprec(
+            tmp_path / "short", tmp_path / "out", {**CONFIG, "quantization_config": {"quant_method": "gptq"}}
+        )
     with pytest.raises(SourceError, match="group_count 4 arrived, expected 1"):
         import_anyprec(tmp_path / "short", tmp_path / "out", {"anyprec": {**CONFIG["anyprec"], "group_count": 4}})
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from everybit.cli.main import main
 from everybit.engine.checkpoint import Checkpoint
@@ -39,6 +40,7 @@ def test_export_states_the_loss_of_each_weight(shared_data: Path, tmp_path: Path
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{tmp_path / 'out'}: 2 bits, floats in F16, ")
     assert lines[-1] == "56 of 56 weights keep the overlay's grid, the others were fitted anew"
+    assert "calibration weighed them: a smaller error is no proof of a better model):" in lines
     assert sum(line.split()[1:3] == ["2", "exact"] for line in lines) == 56
 
 
@@ -94,9 +96,24 @@ def test_export_wants_an_overlay_and_a_free_place(overlay: Path, tmp_path: Path,
         assert "exists and is not empty" in refused(capsys, "export", overlay, tmp_path / "float", "--to", to)
 
 
+@pytest.mark.parametrize("to", ["safetensors", "gguf"])
+def test_nothing_is_written_into_what_is_read(overlay: Path, tmp_path: Path, capsys: Any, to: str) -> None:
+    (tmp_path / "link").symlink_to(overlay)
+    before = sorted(overlay.iterdir())
+    for out in (overlay / "out", overlay / "a" / "b", tmp_path / "link" / "out", overlay / ".." / "overlay" / "out"):
+        assert "which is read: choose a place outside it" in refused(capsys, "export", overlay, out, "--to", to)
+    assert "expected one line" in refused(capsys, "export", overlay, tmp_path / "a\nb", "--to", to)
+    assert sorted(overlay.iterdir()) == before
+
+
 def test_import_refuses(overlay: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
-    assert "does not exist" in refused(capsys, "import", tmp_path / "none", out)
+    assert "none does not exist, expected the folder of an" in refused(capsys, "import", tmp_path / "none", out)
+    (tmp_path / "model.gguf").touch()
+    assert "model.gguf is no folder, expected the folder of an Any-Precision, BitNet or other ternary" in refused(
+        capsys, "import", tmp_path / "model.gguf", out
+    )
+    assert "has no config.json, expected the folder of" in refused(capsys, "import", tmp_path, out)
     assert "is an overlay already" in refused(capsys, "import", overlay, out)
     original = tmp_path / "original"
     original.mkdir()
@@ -107,3 +124,16 @@ def test_import_refuses(overlay: Path, tmp_path: Path, capsys: Any) -> None:
     (original / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
     assert "holds its tensors as pickle" in refused(capsys, "import", original, out)
     assert not out.exists()
+
+
+def test_import_prints_a_command_that_can_be_run(tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    signs = np.random.default_rng(0).integers(-1, 2, (8, 21)).astype(np.float32)
+    save_file({"model.layers.0.mlp.up_proj.weight": signs}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert "which is read" in refused(capsys, "import", folder, folder / "out")
+    assert "--absmean would round it again" in refused(capsys, "import", folder, tmp_path / "out", "--absmean")
+    assert main(["import", str(folder), str(tmp_path / "its overlay")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"next: everybit generate '{tmp_path}/its overlay' ")
+    assert (tmp_path / "its overlay" / "README.md").read_text().count("# model, 2 bits\n") == 1

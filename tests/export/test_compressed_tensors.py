@@ -23,39 +23,43 @@ ROWS, COLUMNS = 10, 64
 EXACT, OTHER = "m.0.exact.weight", "m.0.other.weight"
 
 
-def write_overlay(folder: Path, specs: list[WeightSpec], codes: dict[str, Any], books: dict[str, Any]) -> Path:
-    """An overlay of weights with codes u8[N, K] and codebook arrays by name, and a bias left plain."""
+def write_overlay(
+    folder: Path, specs: list[WeightSpec], zeros: dict[str, Any], plain: dict[str, Any], **config: Any
+) -> Path:
+    """An overlay of random weights with `affine` codebooks: of one with a zero point in `zeros` this one at every
+    precision, of one with None random whole ones, of any other random ones in between."""
+    rng = np.random.default_rng(0)
     quantization = QuantizationConfig(specs[0].bits, "affine", {s.name: s for s in specs})
-    layout = {"m.0.bias": TensorSpec("F32", (3,))}
+    layout = {name: TensorSpec("F32", array.shape) for name, array in plain.items()}
     for spec in specs:
         layout |= spec.tensors("F32")
-    config = {"model_type": "llama", "quantization_config": quantization.to_dict()}
-    with OverlayWriter(folder, layout, config) as writer:
-        writer.write("m.0.bias", np.ones(3, np.float32))
-        for spec in specs:
-            for k, plane in enumerate(pack_planes(codes[spec.name], spec.planes)):
-                writer.write(spec.plane_name(k), plane)
-        for name, array in books.items():
+    document = {"model_type": "llama", **config, "quantization_config": quantization.to_dict()}
+    with OverlayWriter(folder, layout, document) as writer:
+        for name, array in plain.items():
             writer.write(name, array)
+        for spec in specs:
+            codes = rng.integers(0, 1 << spec.planes, spec.shape, np.uint8)
+            for k, plane in enumerate(pack_planes(codes, spec.planes)):
+                writer.write(spec.plane_name(k), plane)
+            for b in spec.bits:
+                scale = rng.integers(1, 100, spec.rows).astype(np.float32) / 256 * 2.0 ** (8 - b)
+                zero = rng.integers(0, 1 << b, spec.rows) + (0 if spec.name in zeros else 0.5)
+                if (fixed := zeros.get(spec.name)) is not None:
+                    zero = np.full(spec.rows, fixed)
+                writer.write(f"{spec.name}_affine{b}", np.stack([scale, -zero * scale], axis=1).astype(np.float32))
         writer.finish()
     return folder
 
 
-def affine_pair(folder: Path, bits: tuple[int, ...] = (3, 4), own: tuple[int, ...] | None = None) -> Path:
+def affine_pair(
+    folder: Path, bits: tuple[int, ...] = (3, 4), own: tuple[int, ...] | None = None, zero: int | None = None
+) -> Path:
     """One weight on a grid with whole zero points at every precision, one with offsets in between."""
-    rng = np.random.default_rng(0)
     specs = [
         WeightSpec(EXACT, (ROWS, COLUMNS), bits, "affine"),
         WeightSpec(OTHER, (ROWS, COLUMNS), own or bits, "affine"),
     ]
-    codes = {s.name: rng.integers(0, 1 << s.planes, s.shape, np.uint8) for s in specs}
-    books = {}
-    for spec in specs:
-        for b in spec.bits:
-            scale = rng.integers(1, 100, ROWS).astype(np.float32) / 256 * 2.0 ** (8 - b)
-            zero = rng.integers(0, 1 << b, ROWS) + (0.5 if spec.name == OTHER else 0)
-            books[f"{spec.name}_affine{b}"] = np.stack([scale, -zero * scale], axis=1).astype(np.float32)
-    return write_overlay(folder, specs, codes, books)
+    return write_overlay(folder, specs, {EXACT: zero}, {"m.0.bias": np.ones(3, np.float32)})
 
 
 def unpack(words: NDArray[np.int32], bits: int, count: int) -> NDArray[np.int64]:
@@ -68,11 +72,14 @@ def unpack(words: NDArray[np.int32], bits: int, count: int) -> NDArray[np.int64]
 
 
 def values(tensors: dict[str, Any], name: str, bits: int) -> NDArray[np.float32]:
-    """A weight by the format's definition: scale * (code - zero), groups of neighbouring columns."""
+    """A weight by the format's definition: scale * (code - zero), groups of neighbouring columns; zero is half of the
+    codes where it is not stored."""
     rows, columns = tensors[f"{name}_shape"].tolist()
     scale = tensors[f"{name}_scale"]
     codes = unpack(tensors[f"{name}_packed"], bits, columns)
-    zero = unpack(tensors[f"{name}_zero_point"].T, bits, rows).T
+    zero = np.full(scale.shape, 1 << (bits - 1))
+    if f"{name}_zero_point" in tensors:
+        zero = unpack(tensors[f"{name}_zero_point"].T, bits, rows).T
     repeat = columns // scale.shape[1]
     steps = (codes - zero.repeat(repeat, 1)).astype(np.float32)
     return np.asarray(steps * scale.repeat(repeat, 1))
@@ -97,8 +104,8 @@ def test_a_grid_with_whole_zero_points_is_exact(tmp_path: Path, bits: int) -> No
     with Checkpoint.open(overlay) as checkpoint:
         assert np.array_equal(values(tensors, EXACT, bits), checkpoint.dense(EXACT, bits))
         wanted = checkpoint.dense(OTHER, 4)
-    assert tensors[f"{EXACT}_scale"].shape == (ROWS, 1)
-    assert tensors[f"{OTHER}_scale"].shape == (ROWS, 4)
+    # transformers reads one strategy for all: the exact weight's scale is repeated.
+    assert tensors[f"{EXACT}_scale"].shape == tensors[f"{OTHER}_scale"].shape == (ROWS, 4)
     found = values(tensors, OTHER, bits)
     assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) == pytest.approx(other.after, rel=1e-5)
 
@@ -119,14 +126,16 @@ def test_float32_rounding_does_not_hide_a_grid(bits: int) -> None:
 
 
 def test_config_groups_name_the_modules_of_mixed_bits(tmp_path: Path) -> None:
-    overlay = affine_pair(tmp_path / "overlay", bits=(2, 3), own=(5,))
-    export_compressed_tensors(overlay, tmp_path / "out", bits=2, group_size=32)
+    overlay = affine_pair(tmp_path / "overlay", bits=(2, 3), own=(5,), zero=2)
+    report = export_compressed_tensors(overlay, tmp_path / "out", bits=2, group_size=32)
+    assert [loss.how for loss in report.losses] == ["exact", "refit"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["format"]) == ("compressed-tensors", "pack-quantized")
     groups = [
-        (g["targets"], g["weights"]["num_bits"], g["weights"]["strategy"]) for g in config["config_groups"].values()
+        (g["targets"], g["weights"]["num_bits"], g["weights"]["symmetric"]) for g in config["config_groups"].values()
     ]
-    assert groups == [(["m.0.exact"], 2, "channel"), (["m.0.other"], 5, "group")]
+    assert groups == [(["m.0.exact"], 2, True), (["m.0.other"], 5, True)]
+    assert not config["dequantize"]  # with it, transformers takes the first group for every module
     assert config["ignore"] == ["lm_head"]
 
 
@@ -137,10 +146,14 @@ def test_config_groups_name_the_modules_of_mixed_bits(tmp_path: Path) -> None:
     [(2, 0.30, 0.40), (3, 0.15, 0.22), (4, 0.08, 0.11), (6, 0.018, 0.027), (8, 0.004, 0.0065)],
 )
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_refits_of_normal_weights_lose_what_theory_says(bits: int, least: float, most: float, dtype: str) -> None:
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_refits_of_normal_weights_lose_what_theory_says(
+    bits: int, least: float, most: float, dtype: str, symmetric: bool
+) -> None:
     weights = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
     weights[0, :128] = 0
-    fitted = fit_groups(weights, bits, 128, dtype)
+    fitted = fit_groups(weights, bits, 128, dtype, symmetric)
+    assert not symmetric or (fitted.zero[1:] == 1 << (bits - 1)).all()
     assert least < np.linalg.norm(fitted.values() - weights) / np.linalg.norm(weights) < most
     assert not fitted.values()[0, :128].any()
     assert int(fitted.zero.max()) < 1 << bits
@@ -151,9 +164,11 @@ def test_refusals(tmp_path: Path) -> None:
         export_compressed_tensors(formats_tiny.write(tmp_path / "experts"), tmp_path / "out", bits=3)
     overlay = affine_pair(tmp_path / "overlay")
     with pytest.raises(
-        SourceError, match=r"--group-size 128: 'm\.0\.other\.weight' has rows of 64 .* such as 64, or -1"
+        SourceError, match=r"--group-size 128: 'm\.0\.exact\.weight' has rows of 64 .* such as 64, or -1"
     ):
         export_compressed_tensors(overlay, tmp_path / "out", bits=3)
+    with pytest.raises(SourceError, match=r"would have 20\.5 bits a weight with its scales, more than float16: choose"):
+        export_compressed_tensors(overlay, tmp_path / "out", bits=3, group_size=2)
     assert not (tmp_path / "out").exists()
 
 
@@ -169,27 +184,43 @@ def test_the_package_decompresses_the_same_values(tmp_path: Path, bits: int) -> 
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     groups = Theirs.model_validate(config).config_groups
-    for name, group in ((EXACT, "group_0"), (OTHER, "group_1")):
+    for name in (EXACT, OTHER):
         state = {k.removeprefix("m.0.").partition(".")[2]: torch.tensor(v) for k, v in tensors.items() if name in k}
-        found = PackedQuantizationCompressor.decompress(state, groups[group])["weight"].numpy()
+        found = PackedQuantizationCompressor.decompress(state, groups["group_0"])["weight"].numpy()
         assert np.array_equal(found, values(tensors, name, bits))
 
 
-def test_transformers_loads_the_folder(tiny_llama: Path, tmp_path: Path) -> None:
+def llama_overlay(model: Path, folder: Path, own: tuple[int, ...]) -> Path:
+    """An overlay of a Llama whose weights have one precision each, in turns; every other one is on a whole grid."""
+    tensors = load_file(model / "model.safetensors")
+    names = [name for name in tensors if "_proj" in name]
+    specs = [WeightSpec(name, tensors[name].shape, (own[i % len(own)],), "affine") for i, name in enumerate(names)]
+    zeros = {spec.name: 1 << (spec.bits[0] - 1) for spec in specs[::2]}
+    plain = {name: array for name, array in tensors.items() if name not in names}
+    return write_overlay(folder, specs, zeros, plain, **json.loads((model / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("own", [(4,), (2, 3, 8, 8)], ids=["one precision", "a mix"])
+@pytest.mark.parametrize("group_size", [8, -1])
+def test_transformers_computes_what_was_written(
+    tiny_llama: Path, tmp_path: Path, own: tuple[int, ...], group_size: int
+) -> None:
     pytest.importorskip("compressed_tensors")
     import torch
     from transformers import AutoModelForCausalLM
 
-    import everybit
-
-    everybit.quantize(tiny_llama, tmp_path / "overlay", bits=(3, 8), progress=False)
-    export_compressed_tensors(tmp_path / "overlay", tmp_path / "out", bits=3, group_size=8)
+    overlay = llama_overlay(tiny_llama, tmp_path / "overlay", own)
+    losses = export_compressed_tensors(overlay, tmp_path / "out", group_size=group_size).losses
+    assert {loss.how for loss in losses} == {"exact", "refit"}
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    with torch.no_grad():
+    served = {loss.name: loss.bits for loss in losses}
+    with torch.no_grad(), Checkpoint.open(overlay) as checkpoint:
         for name, parameter in plain.named_parameters():
-            if f"{name}_packed" in tensors:
-                parameter.copy_(torch.tensor(values(tensors, name, 3)))
+            if name in served:
+                parameter.copy_(torch.tensor(values(tensors, name, served[name])))
+            if {loss.name: loss.how for loss in losses}.get(name) == "exact":
+                assert np.array_equal(parameter.numpy(), checkpoint.dense(name, checkpoint.bits[-1]))
         tokens = torch.arange(2, 40)[None]
         assert torch.equal(model(tokens).logits, plain(tokens).logits)

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ import everybit
 from everybit.engine.checkpoint import Checkpoint
 from everybit.errors import EverybitError, ModelError, OutputError, PrecisionError, SourceError
 from everybit.integrations.gguf import TYPES, export_gguf
+from everybit.integrations.gguf.families import find_family
+from everybit.integrations.gguf.packing import pack
 from tests.e2e.architectures import LLAMA3
 from tests.export.gguf_models import read_tensors, read_types, save_tiny
 
@@ -87,7 +90,7 @@ def test_every_type_is_near_the_model_and_as_large_as_reported(llama: Path, tmp_
     types = read_types(out)
     assert out.stat().st_size == report.bytes
     assert report.tensors == {one: list(types.values()).count(one) for one in types.values()}
-    assert [file.name for file in tmp_path.iterdir()] == ["out.gguf"]  # nothing temporary is left
+    assert [one.name for one in tmp_path.iterdir()] == ["out.gguf"]  # nothing temporary is left
     assert ("instead of" in " ".join(report.notes)) == ("_K" in kind)  # rows of 96 weights
     tensors = read_tensors(out)
     stored_bytes = sum(one.n_bytes for one in gguf.GGUFReader(out).tensors)
@@ -145,6 +148,12 @@ def test_what_llama_cpp_lacks_is_refused(family: str, changed: dict[str, Any], m
     assert not (tmp_path / "out.gguf").exists()
 
 
+@pytest.mark.parametrize("found", ["LlamaForCausalLM", [1], {"a": 1}])
+def test_architectures_are_a_list_of_names(found: Any) -> None:
+    with pytest.raises(ModelError, match=r"config: architectures .* arrived, expected a list of names"):
+        find_family({"architectures": found, "model_type": "llama"}, "config")
+
+
 def test_windows_shorten_the_context(tmp_path: Path) -> None:
     folder = save_tiny("mistral_window", tmp_path / "m")
     report = export_gguf(folder, tmp_path / "out.gguf", type="F16", progress=False)
@@ -162,6 +171,17 @@ def tokenizer(change: Any) -> Any:
     return edit
 
 
+def template(found: Any) -> Any:
+    return lambda folder: (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": found}))
+
+
+def begins_with(token: str, ids: list[int]) -> dict[str, Any]:
+    """A post-processor that puts a token before every text, and has `<s>` with these ids."""
+    both: list[Any] = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"<s>": {"id": "<s>", "ids": ids, "tokens": ["<s>"] * len(ids)}}
+    return {"type": "TemplateProcessing", "single": both, "pair": both, "special_tokens": special}
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -171,6 +191,12 @@ def tokenizer(change: Any) -> Any:
         (tokenizer(lambda t: t.update(normalizer={"type": "Lowercase"})), "the normalizer"),
         (tokenizer(lambda t: t["model"].update(byte_fallback=True)), "no token for byte 0"),
         (tokenizer(lambda t: t["model"]["vocab"].update(zz=96)), "token id 96 arrived, the model has 96"),
+        (tokenizer(lambda t: t.update(post_processor=begins_with("<s>", []))), "tokens that stand for one id"),
+        (tokenizer(lambda t: t.update(post_processor=begins_with("<x>", [1]))), "tokens that stand for one id"),
+        (template([{"name": 1, "template": 2}]), "chat_template .* expected text or a list of names and templates"),
+        (template([{"name": "a"}]), "chat_template .* expected text"),
+        (template({"a": "b"}), "chat_template .* expected text"),
+        (template("\ud800"), r"chat_template '\\ud800' arrived, expected text"),
     ],
 )
 def test_tokenizers_that_llama_cpp_lacks_are_refused(llama: Path, tmp_path: Path, edit: Any, message: str) -> None:
@@ -189,12 +215,14 @@ def test_tokenizers_that_llama_cpp_lacks_are_refused(llama: Path, tmp_path: Path
         ({"source": "other"}, SourceError, "is not the float model of"),
         ({"out": "there.gguf"}, OutputError, "there.gguf exists"),
         ({"out": "no/folder.gguf"}, OutputError, "No such file"),
+        ({"out": "cut.gguf"}, OutputError, "cut.gguf.partial is there, of a run that was cut off"),
     ],
 )
 def test_options_are_refused(
     overlay: Path, tmp_path: Path, options: dict[str, Any], error: type[EverybitError], message: str
 ) -> None:
     (tmp_path / "there.gguf").write_bytes(b"mine")
+    (tmp_path / "cut.gguf.partial").write_bytes(b"cut")
     if source := options.get("source"):
         other = save_tiny("llama", tmp_path / "other") if source == "other" else overlay.with_name("llama")
         options = {**options, "source": other}
@@ -202,6 +230,27 @@ def test_options_are_refused(
     with pytest.raises(error, match=message):
         export_gguf(overlay, tmp_path / options.pop("out", "out.gguf"), progress=False, **options)
     assert (tmp_path / "there.gguf").read_bytes() == b"mine"
+    assert (tmp_path / "cut.gguf.partial").read_bytes() == b"cut"
+
+
+def test_a_file_that_appears_meanwhile_stays(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.gguf"
+
+    def pack_slowly(kind: str, values: Any) -> Any:
+        out.write_bytes(b"theirs")
+        return pack(kind, values)
+
+    monkeypatch.setattr("everybit.integrations.gguf.file.pack", pack_slowly)
+    with pytest.raises(OutputError, match=r"out\.gguf exists: choose another file"):
+        export_gguf(llama, out, type="F16", progress=False)
+    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [("out.gguf", b"theirs")]
+
+
+def test_a_full_disk_is_seen_before_packing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OutputError, match=r"out\.gguf needs \d+ bytes, the disk has 1000 free"):
+        export_gguf(llama, tmp_path / "out.gguf", progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_values_beyond_float16_are_refused(llama: Path, tmp_path: Path) -> None:
@@ -214,4 +263,4 @@ def test_values_beyond_float16_are_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"blk.0.ffn_up.weight' has values beyond 65504, which F16 cannot hold"):
         export_gguf(folder, tmp_path / "out.gguf", type="F16", progress=False)
     export_gguf(folder, tmp_path / "out.gguf", type="BF16", progress=False)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["m", "out.gguf"]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["m", "out.gguf"]

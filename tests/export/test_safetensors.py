@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from everybit.engine.plan import Plan
 from everybit.errors import OutputError, PrecisionError, SourceError
 from everybit.formats import Overlay
 from everybit.integrations.dense_export import export_safetensors
+from everybit.quantize.workspace import free_output
 from tests.unit import formats_tiny
 
 TOKENS = torch.arange(2, 40)[None]
@@ -108,3 +110,19 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"overlay"}
     with pytest.raises(OutputError, match="exists and is not empty"):
         export_safetensors(overlay, overlay, bits=4)
+
+
+def test_another_run_that_began_in_between_keeps_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overlay = formats_tiny.write(tmp_path / "overlay")
+    theirs = tmp_path / "out.partial"
+
+    def look(*arguments: Any, **options: Any) -> Path:
+        found = free_output(*arguments, **options)
+        theirs.mkdir()
+        (theirs / "model.safetensors").write_bytes(b"theirs")
+        return found
+
+    monkeypatch.setattr("everybit.integrations.model_folder.free_output", look)
+    with pytest.raises(OutputError, match=r"cannot write .*File exists"):
+        export_safetensors(overlay, tmp_path / "out", bits=4)
+    assert (theirs / "model.safetensors").read_bytes() == b"theirs"

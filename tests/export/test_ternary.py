@@ -144,6 +144,8 @@ def test_refusals(tmp_path: Path) -> None:
     attempt("unknown", "unknown key 'online_quant'", good | scale, **bitnet, online_quant=True)
     attempt("class", "linear_class 'other'", good | scale, **bitnet, linear_class="other")
     attempt("other", "'quant_method': 'gptq'.* expected quant_method bitnet", good | scale, quant_method="gptq")
+    halves = torch.from_numpy(signs().astype(np.float32) / 2)
+    attempt("floats-twice", "'model.layers.0.mlp.up_proj.weight' is ternary already, --absmean", {NAME: halves}, True)
     attempt("twice", "ternary already, --absmean would round it again", good | scale, absmean=True, **bitnet)
     (tmp_path / "pickle").mkdir()
     (tmp_path / "pickle" / "pytorch_model.bin").write_bytes(b"")

@@ -115,7 +115,8 @@ def describe(report: ExportReport) -> str:
     if report.losses:
         lines += [
             "",
-            "error of each weight, relative to its highest precision in the overlay:",
+            "error of each weight, relative to its highest precision in the overlay (all values count the same, not as",
+            "calibration weighed them: a smaller error is no proof of a better model):",
             f"{'weight':<48} {'bits':>4} {'grid':>6} {'overlay':>9} {'written':>9}",
         ]
         lines += [f"{x.name:<48} {x.bits:>4} {x.how:>6} {x.before:>9.2e} {x.after:>9.2e}" for x in report.losses]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import reprlib
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,9 +103,16 @@ def is_text(text: str) -> bool:
 
 
 def show(value: object, limit: int = 80) -> str:
-    """`value` as one short printable line, for error messages about hostile input."""
+    """`value` as one short printable line, for error messages about hostile input. Of what nests deeper or has more
+    parts than fit anyway, the rest is left out: shared parts could make it endless."""
     try:
-        text = ascii(value)
-    except (ValueError, RecursionError):  # integers past Python's digit limit; endlessly nested lists
+        text = _SHORT.repr(value).encode("ascii", "backslashreplace").decode()
+    except (ValueError, RecursionError):  # integers past Python's digit limit
         return f"<{type(value).__name__} too large to print>"
     return text if len(text) <= limit else f"{text[: limit - 20]}... ({len(text)} characters)"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 4
+_SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxdict = _SHORT.maxset = 12
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = sys.maxsize

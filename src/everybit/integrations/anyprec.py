@@ -35,6 +35,11 @@ def import_anyprec(folder: Path, out: Path, config: Mapping[str, Any]) -> Import
     """
     where = f"{folder}/config.json: anyprec"
     bits = _bits(config["anyprec"], where)
+    if (other := config.get("quantization_config")) is not None:
+        raise SourceError(
+            f"{where}: quantization_config {show(other)} arrived beside it, expected one of them: drop the one that "
+            "does not describe the tensors"
+        )
     with TorchFile(folder, FILE) as file:
         refs = file.tensors
         weights: dict[str, WeightSpec] = {}
@@ -63,7 +68,7 @@ def import_anyprec(folder: Path, out: Path, config: Mapping[str, Any]) -> Import
                     arrays[f"{name}_lut{b}"] = lut
                 yield name, arrays
 
-        own_config = {key: value for key, value in config.items() if key != "anyprec"}
+        own_config = {key: value for key, value in config.items() if key not in ("anyprec", "quantization_config")}
         layout = {name: refs[name].spec for name in plain}
         details = {"anyprec": config["anyprec"]}
         return write_overlay(out, folder, "Any-Precision", own_config, weights, layout, groups(), details)

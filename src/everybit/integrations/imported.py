@@ -11,10 +11,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from everybit import __version__
+from everybit.errors import SourceError
 from everybit.formats import OverlayWriter, QuantizationConfig, TensorSpec, WeightSpec
 from everybit.formats.sizes import SizeReport
+from everybit.formats.tensors import show
+from everybit.integrations.model_folder import new_model
 from everybit.quantize.card import model_card
-from everybit.quantize.workspace import copy_side_files, free_output, new_folder, promote, writable
+from everybit.quantize.workspace import copy_side_files
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,10 @@ def write_overlay(
     """Writes the overlay and its model card; `groups` brings the tensors of each weight, and the plain ones.
 
     `config` is the model's own, without what the other format added; `details` go into the provenance.
-    Raises: OutputError, and whatever `groups` raises; nothing appears under `out` then
+    Raises: OutputError, SourceError (a plain tensor has the name of a plane or table), and whatever `groups` raises;
+    nothing appears under `out` then
     """
     out = Path(os.path.abspath(out.expanduser()))
-    partial = free_output(out, resume=False, remedy="")
     first = next(iter(weights.values()))
     provenance = {
         "everybit_version": __version__,
@@ -67,14 +70,18 @@ def write_overlay(
     document = {**config, "quantization_config": quantization.to_dict()}
     layout = dict(plain)
     for spec in weights.values():
-        layout |= spec.tensors()
+        own = spec.tensors()
+        if taken := sorted(set(own) & set(plain)):
+            raise SourceError(
+                f"{source} holds a tensor {show(taken[0])}, which is the name of a plane or table of "
+                f"{show(spec.name)} in an overlay: rename it, or leave it out"
+            )
+        layout |= own
     sizes = SizeReport.of(weights.values(), first.bits, layout)
-    with new_folder(partial), OverlayWriter(partial, layout, document) as writer:
+    with new_model(out, source) as partial, OverlayWriter(partial, layout, document) as writer:
         for key, arrays in groups:
             writer.write_group(key, arrays)
-        with writable(partial):
-            copy_side_files(source, partial)
-            (partial / "README.md").write_text(model_card(document, sizes), encoding="utf-8")
+        copy_side_files(source, partial)
+        (partial / "README.md").write_text(model_card(document, sizes), encoding="utf-8")
         writer.finish()
-    promote(partial, out)
     return ImportReport(out, kind, sizes, len(weights), notes)

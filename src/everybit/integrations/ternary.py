@@ -99,18 +99,20 @@ def _write(source: _Source, folder: Path, out: Path, config: Mapping[str, Any]) 
 @dataclass(frozen=True)
 class _Method:
     """How a checkpoint says its weights: `power` of `weight_scale` that multiplies one, whether floats are `rounds`ed
-    by absmean (but those of modules named in `but`), and whether its model rounds activations."""
+    by absmean (but those of modules named in `but`; by the user's wish alone where `asked`), and whether its model
+    rounds activations."""
 
     power: int
     rounds: bool
     rounds_activations: bool
     but: tuple[str, ...] = ()
+    asked: bool = False
 
     @classmethod
     def read(cls, found: Any, absmean: bool, folder: Path) -> _Method:
         """From a `quantization_config`, or None. Raises: SourceError"""
         if found is None:
-            return cls(1, absmean, absmean)
+            return cls(1, absmean, absmean, asked=absmean)
         where = f"{folder}/config.json: quantization_config"
         if not isinstance(found, Mapping) or found.get("quant_method") != "bitnet":
             raise SourceError(f"{where}: {show(found)} arrived, expected quant_method bitnet: import takes no other")
@@ -152,7 +154,12 @@ class _Source:
             return three_values(self._numbers(name))
         if module.endswith(self.method.but) or module.rpartition(".")[2] in ROUTERS:
             return None
-        return round_absmean(self._numbers(name), spec.dtype)
+        weights = self._numbers(name)
+        if self.method.asked and min(spec.shape) > 1 and weights.any() and three_values(weights) is not None:
+            raise SourceError(
+                f"{self.folder}: {show(name)} is ternary already, --absmean would round it again: drop --absmean"
+            )
+        return round_absmean(weights, spec.dtype)
 
     def _scaled(self, name: str) -> Ternary:
         weights, scales = self._numbers(name), self._numbers(f"{name}_scale").reshape(-1)

@@ -1,19 +1,18 @@
 """The tensors of a file written by `torch.save`, read without torch and without running what a pickle asks for.
 
-Such a file is a zip archive of one pickle and, beside it, the bytes of every storage. A pickle is a program; this one
-may name what a dictionary of tensors needs, and nothing else: any other name ends the reading before anything of that
-name is imported or called.
-Source: Python's documentation of pickle, "Restricting Globals"; the layout as torch 2.13 writes it
+Such a file is a zip archive of one pickle and, beside it, the bytes of every storage. A pickle is a program; of its
+language this reader has what `torch.save` writes for a dictionary of tensors, and nothing else: no other name, no other
+call, no attribute set, no list, no key but text. The first other instruction ends the reading.
+Source: Python's pickletools (the instructions); the layout as torch 2.13 writes it
 """
 
 from __future__ import annotations
 
 import math
-import pickle
+import pickletools
 import zipfile
-from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -38,16 +37,17 @@ STORAGES = {
     "ByteStorage": "U8",
     "BoolStorage": "BOOL",
 }
+DTYPES = frozenset(STORAGES.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Storage:
     dtype: str
     key: str
     numbers: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorRef:
     """Where a tensor lies: `offset` and `strides` count numbers of its storage."""
 
@@ -102,7 +102,7 @@ class TorchFile:
         if "byteorder" in self._members and self._member("byteorder") != b"little":
             raise SourceError(f"{self.path} is not little-endian: save it again on another machine")
         try:
-            found = _Unpickler(BytesIO(data)).load()
+            found = _load_pickle(data)
         except Exception as error:  # a broken pickle raises nearly anything
             raise SourceError(
                 f"{self.path}: {reason(error)}; expected a dictionary of tensors and nothing else: nothing was run, do "
@@ -111,10 +111,10 @@ class TorchFile:
         if not isinstance(found, dict):
             raise SourceError(f"{self.path} holds a {type(found).__name__}, expected a dictionary of tensors")
         for name, tensor in found.items():
-            if not isinstance(name, str) or not isinstance(tensor, TensorRef):
+            if not isinstance(tensor, TensorRef):
                 raise SourceError(
-                    f"{self.path}: {show(name)} is a {type(tensor).__name__}, expected a name with a tensor: save the "
-                    "state_dict alone"
+                    f"{self.path}: {show(name)} is a {type(tensor).__name__}, expected a tensor: save the state_dict "
+                    "alone"
                 )
             self._find(*_storage_member(tensor))
         return dict(found)
@@ -122,9 +122,11 @@ class TorchFile:
     def read(self, name: str) -> NDArray[Any]:
         """One tensor; BF16 comes as uint16. Cost: memory of its storage. Raises: SourceError"""
         ref = self.tensors[name]
+        _require_inside(ref)  # as_strided checks nothing
         data = self._member(*_storage_member(ref))
         numbers = np.frombuffer(data, ref.spec.numpy)[ref.offset :]
-        steps = [stride * ref.spec.itemsize for stride in ref.strides]
+        # A stride beyond the storage is that of a size of 0 or 1, never taken, and may be more than numpy can hold.
+        steps = [min(stride, ref.storage.numbers) * ref.spec.itemsize for stride in ref.strides]
         return np.lib.stride_tricks.as_strided(numbers, ref.shape, steps, writeable=False)
 
     def _member(self, name: str, nbytes: int | None = None) -> bytes:
@@ -163,39 +165,113 @@ class TorchFile:
         self.close()
 
 
-class _Rebuild:
-    """A view on a storage. Without attributes, for a pickle may set them."""
+def _load_pickle(data: bytes) -> Any:
+    """What the program in `data` leaves: dictionaries, text, whole numbers, tuples and tensors. Hashes text alone.
 
-    __slots__ = ()
+    Raises: SourceError for an instruction that torch.save does not use here; nearly anything for a broken program
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
 
-    def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TensorRef:
-        whole = all(_is_count(one) for one in (offset, *shape, *strides))
-        if not isinstance(storage, _Storage) or not whole or len(shape) != len(strides):
-            raise SourceError(f"its pickle makes a tensor of shape {show(shape)} and strides {show(strides)}")
-        TensorSpec(storage.dtype, tuple(shape))  # refuses shapes that no file can hold
-        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if max(last + 1, math.prod(shape)) > storage.numbers:  # the product: strides of 0 repeat without end
-            raise SourceError(f"a tensor {show(shape)}, strides {show(strides)}, passes its {storage.numbers} numbers")
-        return TensorRef(storage, offset, tuple(shape), tuple(strides))
+    def taken(begin: int) -> tuple[Any, ...]:
+        if len(stack) + min(begin, 0) < 0:
+            raise SourceError("its pickle takes more than it has")
+        found = tuple(stack[begin:])
+        del stack[begin:]
+        return found
+
+    program: Iterator[tuple[pickletools.OpcodeInfo, Any, Any]] = pickletools.genops(data)
+    for instruction, argument, _ in program:
+        name = instruction.name
+        if name in ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"):
+            stack.append(argument)
+        elif name in ("NEWTRUE", "NEWFALSE"):
+            stack.append(name == "NEWTRUE")
+        elif name == "EMPTY_DICT":
+            stack.append({})
+        elif name == "EMPTY_TUPLE":
+            stack.append(())
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(taken(-int(name[-1])))
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name == "TUPLE":
+            stack.append(taken(marks.pop()))
+        elif name in ("SETITEM", "SETITEMS"):
+            items = taken(-2 if name == "SETITEM" else marks.pop())
+            _set_items(stack[-1], items)
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "GLOBAL":
+            stack.append(_find_global(argument))
+        elif name == "BINPERSID":
+            stack.append(_storage(*taken(-1)))
+        elif name == "REDUCE":
+            stack.append(_call(*taken(-2)))
+        elif name == "BUILD":  # of a state_dict's _metadata, which is dropped
+            taken(-1)
+            if type(stack[-1]) is not dict:
+                raise SourceError(f"its pickle sets attributes of a {type(stack[-1]).__name__}")
+        elif name == "STOP":
+            return stack.pop()
+        elif name != "PROTO":
+            raise SourceError(f"its pickle has the instruction {name}")
+    raise SourceError("its pickle has no end")
 
 
-class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C sizes its memo by the largest number it is given
-    """Knows dictionaries, storages and tensors; of those only where they lie."""
+def _find_global(name: str) -> Any:
+    """`name` is the module and the name in it, a space between."""
+    if name == "collections OrderedDict":
+        return dict
+    if name == "torch._utils _rebuild_tensor_v2":
+        return _rebuild
+    module, _, kind = name.partition(" ")
+    if module == "torch" and kind in STORAGES:
+        return STORAGES[kind]
+    raise SourceError(f"its pickle asks for {show(name)}")
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _Rebuild()
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        raise SourceError(f"its pickle asks for {show(module)} {show(name)}")
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _, numbers = pid
-        if kind != "storage" or dtype not in STORAGES.values() or not _is_count(numbers):
-            raise SourceError(f"its pickle refers to {show(pid)}")
-        return _Storage(dtype, str(key), numbers)
+def _call(function: Any, arguments: Any) -> Any:
+    if function is dict and arguments == ():
+        return {}
+    if function is _rebuild and type(arguments) is tuple and len(arguments) >= 4:
+        return _rebuild(*arguments[:4])
+    raise SourceError(f"its pickle calls a {type(function).__name__} with a {type(arguments).__name__}")
+
+
+def _set_items(target: Any, items: tuple[Any, ...]) -> None:
+    """`items` alternates keys and values."""
+    if type(target) is not dict or len(items) % 2 or any(type(key) is not str for key in items[::2]):
+        raise SourceError("its pickle sets what is no item of a dictionary named by text")
+    target.update(zip(items[::2], items[1::2], strict=True))
+
+
+def _storage(pid: Any) -> _Storage:
+    kinds = [type(one) for one in pid] if type(pid) is tuple else []
+    if kinds != [str, str, str, str, int] or pid[0] != "storage" or pid[1] not in DTYPES or pid[4] < 0:
+        raise SourceError(f"its pickle refers to {show(pid)}")
+    return _Storage(pid[1], pid[2], pid[4])
+
+
+def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any) -> TensorRef:
+    flat = type(shape) is type(strides) is tuple and all(_is_count(one) for one in (offset, *shape, *strides))
+    if not isinstance(storage, _Storage) or not flat or len(shape) != len(strides):
+        raise SourceError(f"its pickle makes a tensor of shape {show(shape)} and strides {show(strides)}")
+    TensorSpec(storage.dtype, shape)  # refuses shapes that no file can hold
+    ref = TensorRef(storage, offset, shape, strides)
+    _require_inside(ref)
+    return ref
+
+
+def _require_inside(ref: TensorRef) -> None:
+    """Refuses a tensor that passes its storage. Raises: SourceError"""
+    last = ref.offset + sum((size - 1) * stride for size, stride in zip(ref.shape, ref.strides, strict=True))
+    numbers = ref.storage.numbers
+    if max(last + 1, math.prod(ref.shape)) > numbers:  # the product: strides of 0 repeat without end
+        raise SourceError(f"a tensor {show(ref.shape)}, strides {show(ref.strides)}, passes its {numbers} numbers")
 
 
 def _storage_member(ref: TensorRef) -> tuple[str, int]:

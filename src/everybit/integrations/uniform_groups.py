@@ -2,7 +2,8 @@
 
     value = scale * (code - zero), code and zero within 0 .. 2^bits - 1
 
-which is what compressed-tensors' `pack-quantized` stores. numpy only.
+which is what compressed-tensors' `pack-quantized` stores. In a symmetric one every zero point is half of 2^bits, and
+not stored. numpy only.
 """
 
 from __future__ import annotations
@@ -54,7 +55,16 @@ def whole_grid(table: F32) -> tuple[F32, U8] | None:
     return step.astype(np.float32), zero.astype(np.uint8)
 
 
-def fit_groups(weights: F32, bits: int, group_size: int, dtype: str) -> Grouped:
+def spread(grid: tuple[F32, U8], codes: U8, group_size: int, dtype: str) -> Grouped:
+    """Codes on a grid of whole rows, with its scales, as `dtype` stores them, once for each group.
+
+    Shapes: codes u8[N, K], K a multiple of group_size
+    """
+    groups = codes.shape[1] // group_size
+    return Grouped(codes, np.repeat(stored(grid[0], dtype), groups, 1), np.repeat(grid[1], groups, 1))
+
+
+def fit_groups(weights: F32, bits: int, group_size: int, dtype: str, symmetric: bool = False) -> Grouped:
     """The grid of each group with the least squared error among several ranges, each with its least-squares scale.
 
     `dtype` is that in which scales will be stored: codes are chosen for the rounded scale.
@@ -69,20 +79,24 @@ def fit_groups(weights: F32, bits: int, group_size: int, dtype: str) -> Grouped:
         np.empty(grouped.shape[:2], np.uint8),
     )
     for part in _chunks(rows, columns):
-        codes, found.scale[part], found.zero[part] = _fit(grouped[part], bits, dtype)
+        codes, found.scale[part], found.zero[part] = _fit(grouped[part], bits, dtype, symmetric)
         found.codes[part] = codes.reshape(-1, columns)
     return found
 
 
-def _fit(weights: F32, bits: int, dtype: str) -> tuple[U8, F32, U8]:
+def _fit(weights: F32, bits: int, dtype: str, symmetric: bool) -> tuple[U8, F32, U8]:
     """Shapes: weights f32[R, G, g] -> u8[R, G, g], f32[R, G], u8[R, G]"""
     top = np.float32((1 << bits) - 1)
     low, high = np.minimum(weights.min(axis=2), 0), np.maximum(weights.max(axis=2), 0)
+    if symmetric:
+        low, high = np.minimum(low, -high), np.maximum(-low, high)
     best = np.full(low.shape, np.inf, np.float32)
     codes, scales, zeros = (np.zeros(s, t) for s, t in ((weights.shape, "u1"), (low.shape, "f4"), (low.shape, "u1")))
     for shrink in SHRINKS:
         scale = (high - low) * np.float32(shrink) / top
         zero = np.clip(np.rint(-low * np.float32(shrink) / _positive(scale)), 0, top)
+        if symmetric:
+            zero = np.full_like(scale, 1 << (bits - 1))
         steps = _steps(weights, scale, zero, top)
         squares = np.einsum("rgk,rgk->rg", steps, steps)
         scale = stored(np.einsum("rgk,rgk->rg", weights, steps) / _positive(squares), dtype)

@@ -20,7 +20,7 @@ base_model: {name}
 base_model_relation: quantized
 {licence}tags: [everybit, any-precision, quantized]
 ---
-# {name}, every precision from {low} to {high} bits
+# {name}, {precisions}
 
 An everybit overlay: one set of bit-planes; a b-bit model reads b of them and one codebook.
 
@@ -57,7 +57,7 @@ def model_card(config: dict[str, Any], sizes: SizeReport, source: Path | None = 
         name=provenance["source"]["name"],
         licence="" if source is None else _licence(source),
         low=bits[0],
-        high=bits[-1],
+        precisions=f"every precision from {bits[0]} to {bits[-1]} bits" if len(bits) > 1 else f"{bits[0]} bits",
         middle=bits[len(bits) // 2],
         rows="\n".join(f"| {b} | {size.bpw:.2f} | {size.bytes:,} |" for b, size in sizes.rows.items()),
         version=provenance["everybit_version"],

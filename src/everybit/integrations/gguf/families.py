@@ -67,6 +67,8 @@ FAMILIES = {
 def find_family(config: Mapping[str, Any], where: str) -> Family:
     """The family of a config.json that the engine has accepted. Raises: ModelError"""
     named, kind = config.get("architectures"), config.get("model_type")
+    if named and not (isinstance(named, list) and isinstance(named[0], str)):
+        raise ModelError(f"{where}: architectures {show(named)} arrived, expected a list of names: correct it")
     name = named[0] if named else KNOWN[str(kind)][0]
     if name not in FAMILIES:
         raise ModelError(

@@ -29,6 +29,7 @@ from everybit.integrations.gguf.packing import pack
 from everybit.integrations.gguf.recipes import FILE_TYPES, Sizes, choose_type, plain_type
 from everybit.integrations.gguf.tensors import Tensor, end_names, list_tensors
 from everybit.integrations.gguf.vocabulary import add_vocabulary
+from everybit.integrations.model_folder import require_outside, require_space, writable
 
 TYPES: tuple[str, ...] = tuple(FILE_TYPES)
 
@@ -68,8 +69,9 @@ def export_gguf(
         import gguf
     except ImportError:
         raise SourceError('the gguf package is not installed: pip install "everybit[export]"') from None
-    if os.path.lexists(out):
-        raise OutputError(f"{out} exists: choose another file, or remove it")
+    _require_free(out)
+    for folder in (overlay, source or overlay):
+        require_outside(out, folder)
     with ExitStack() as opened:
         checkpoint = opened.enter_context(Checkpoint.open(overlay))
         if bits is not None:
@@ -99,7 +101,7 @@ def export_gguf(
             tensor_bytes = math.prod(tensor.shape) // block * block_bytes
             stored_bytes += tensor_bytes
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor_bytes, number)
-        file_bytes = _write(writer, out, _pack(tensors, kinds, origin.folder, progress))
+        file_bytes = _write(writer, out, _pack(tensors, kinds, origin.folder, progress), stored_bytes)
     parameters = sum(math.prod(tensor.shape) for tensor in tensors)
     return Report(file_bytes, stored_bytes * 8 / parameters, dict(Counter(kinds)), tuple(notes))
 
@@ -139,26 +141,37 @@ def _pack(tensors: list[Tensor], kinds: list[str], folder: Path, progress: bool)
             bar.update(values.size)
 
 
-def _write(writer: Any, out: Path, packed: Iterator[NDArray[Any]]) -> int:
-    """The bytes of the file, which is written under another name first."""
-    partial = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
-        writer.write_header_to_file(partial)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for stored in packed:
-            writer.write_tensor_data(stored)
-        for file in writer.fout:
-            file.flush()
-            os.fsync(file.fileno())
-        writer.close()
-        os.replace(partial, out)
-        return out.stat().st_size
-    except OSError as error:
-        raise OutputError(f"cannot write {out} ({error.strerror or error}): choose another place") from None
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
+def _write(writer: Any, out: Path, packed: Iterator[NDArray[Any]], least_bytes: int) -> int:
+    """The bytes of the file, which is written as `OUT.partial` first."""
+    partial = out.with_name(out.name + ".partial")
+    with writable(out):
+        try:
+            partial.touch(exist_ok=False)
+        except FileExistsError:
+            raise OutputError(f"{partial} is there, of a run that was cut off or still goes on: remove it") from None
+        try:
+            require_space(partial, least_bytes, out)
+            writer.write_header_to_file(partial)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for stored in packed:
+                writer.write_tensor_data(stored)
+            for file in writer.fout:
+                file.flush()
+                os.fsync(file.fileno())
+            writer.close()
+            _require_free(out)  # packing takes long
+            os.rename(partial, out)
+            return out.stat().st_size
+        finally:
+            writer.close()
+            partial.unlink(missing_ok=True)
+
+
+def _require_free(out: Path) -> None:
+    """Raises: OutputError"""
+    if os.path.lexists(out):
+        raise OutputError(f"{out} exists: choose another file, or remove it")
 
 
 def _title(checkpoint: Checkpoint) -> str:

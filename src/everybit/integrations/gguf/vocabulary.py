@@ -16,7 +16,7 @@ from typing import Any
 from everybit.errors import SourceError
 from everybit.formats.files import read_inside
 from everybit.formats.jsontext import parse_object
-from everybit.formats.tensors import show
+from everybit.formats.tensors import is_text, show
 from everybit.tokenizer import Tokenizer
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -197,9 +197,13 @@ def _template(description: dict[str, Any], where: str) -> tuple[int | None, int 
         middle = next((i for i, part in enumerate(parts) if "Sequence" in part), -1)
         if step["type"] != "TemplateProcessing" or middle not in (0, 1) or len(parts) > middle + 2:
             raise _unfit(where, f"the post-processor {show(step)}", "at most one token before and one after a text")
-        ids = {name: token["ids"][0] for name, token in step["special_tokens"].items()}
-        before, after = parts[:middle], parts[middle + 1 :]
-        begin, end = (ids[one[0]["SpecialToken"]["id"]] if one else None for one in (before, after))
+        ids = {name: token["ids"] for name, token in step["special_tokens"].items()}
+        named = [
+            [part.get("SpecialToken", {}).get("id") for part in one] for one in (parts[:middle], parts[middle + 1 :])
+        ]
+        if any(len(ids.get(name, ())) != 1 for one in named for name in one):
+            raise _unfit(where, f"the post-processor {show(step)}", "special tokens that stand for one id")
+        begin, end = (ids[one[0]][0] if one else None for one in named)
         return begin, end
     return None, None
 
@@ -208,12 +212,15 @@ def _chat_template(folder: Path, named: dict[str, Any]) -> str | list[Any] | Non
     if (folder / "chat_template.jinja").is_file():
         return read_inside(folder, "chat_template.jinja").decode(errors="replace")
     found = named.get("chat_template")
-    listed = found if isinstance(found, list) else []
-    if isinstance(found, str) or (
-        listed and all(isinstance(one, dict) and {"name", "template"} <= set(one) for one in listed)
-    ):
-        return found
-    return None
+    listed = [{"name": "default", "template": found}] if isinstance(found, str) else found or []
+    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+        listed = [{}]
+    if not all(isinstance(one.get(key), str) and is_text(one[key]) for one in listed for key in ("name", "template")):
+        raise SourceError(
+            f"{folder}/tokenizer_config.json: chat_template {show(found)} arrived, expected text or a list of names "
+            "and templates: correct it, or drop it"
+        )
+    return found or None
 
 
 def _steps(found: Any) -> list[dict[str, Any]]:
