@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from everybit.errors import SourceError
-from everybit.plan.calibrate import Sample, calibrate, judge, read_calibration
+from everybit.plan.calibrate import Sample, Seen, calibrate, judge, read_calibration
 from everybit.plan.cost import Parallel
 from everybit.plan.efficiency import BOUNDS, Efficiency, prior
 from everybit.plan.hardware import read_hardware
@@ -122,6 +122,8 @@ def test_disk(tmp_path: Path) -> None:
     assert made.routed
     assert [one.name for one in tmp_path.iterdir()] == ["h100.json"]
     assert made.versions == ("1.0",)
+    assert made.seen == Seen(("product",), ((1, 1), (2, 1), (4, 1)))
+    assert made.routed.seen == Seen(("weight_only",), ((1, 1), (2, 1), (4, 1)))
 
 
 @pytest.mark.parametrize(
@@ -137,6 +139,9 @@ def test_disk(tmp_path: Path) -> None:
         lambda d: d["efficiency"].update(spread="wide"),
         lambda d: d["efficiency"].update(routed_spread=-1),
         lambda d: d.update(routed=[]),
+        lambda d: d.update(seen={"kinds": []}),
+        lambda d: d["efficiency"]["weight_only"]["many"].update(share=0),
+        lambda d: d["efficiency"]["weight_only"].update(few_rows="two"),
     ],
 )
 def test_files_that_are_none(tmp_path: Path, change: object) -> None:

@@ -261,6 +261,16 @@ def test_explain_names_what_binds_and_a_better_one(call: Call) -> None:
     assert found["lines"] == text.splitlines()
 
 
+def test_explain_leaves_out_cards_that_cannot(call: Call) -> None:
+    text = call("explain", MODEL, "--on", "h100-sxm", "--on", "a100-80-sxm", "--on", "l40s", "--bits", "fp8")
+    assert "left out: card A100 80 GB SXM multiplies no fp8" in text
+    assert "price of L40S" in text
+
+
+def test_nothing_costs_nothing(call: Call) -> None:
+    assert "price: 0 $/h" in call("estimate", MODEL, "--on", "h100-sxm", "--price", "-0")
+
+
 def test_an_slo_that_http_alone_breaks_says_so(fail: Call) -> None:
     assert "mostly HTTP and tokenizing" in fail("explain", MODEL, "--on", "h100-sxm", "--slo", "ttft=20ms")
 
@@ -440,8 +450,20 @@ def test_finetune_fits_costs_and_leaves_out_what_is_unknown(call: Call, fail: Ca
         (f"roofline {MODEL} --on l4 --bits 4,8", "this command takes one width"),
         (f"explain {MODEL} --on all", "explain is of one card, the first --on"),
         (f"roofline {MODEL} --on l4 --on t4", "this command takes one card"),
-        (f"estimate {MODEL} --on l4 --kv-bits fp9", "expected a number or one of fp8, int8"),
+        (f"estimate {MODEL} --on l4 --kv-bits fp9", "expected a number from 1 to 32 or one of fp8, int8"),
         (f"explain {MODEL} --on l4 --slo e2e=1s", "explain knows ttft and tpot"),
+        (f"explain {MODEL} --on l4 --slo tpot=1s,share=0.9", "explain knows ttft and tpot"),
+        (f"estimate {MODEL} --on l4 --on l4", "--on: L4 was given twice"),
+        (f"estimate {MODEL} --on l4 --bits 1e-300", "expected 1 to 32 bits"),
+        (f"estimate {MODEL} --on l4 --kv-bits 1e-320", "--kv-bits: '1e-320': expected a number from 1 to 32"),
+        (f"estimate {MODEL} --on l4 --kv-bits 0.0001", "--kv-bits: '0.0001': expected a number from 1 to 32"),
+        (f"estimate {MODEL} --on l4 --drafts 3 --acceptance 0.5 --draft-bits 0.1", "expected bits from 1 to 32"),
+        (f"estimate {MODEL} --on h100-sxm --bits w4a4", "no 4-bit activations"),
+        (f"roofline {MODEL} --on v100-sxm2 --bits w8a8", "no 8-bit activations"),
+        (f"simulate {MODEL} --on h100-sxm --bits w4a4 --rate 1", "such as w4a8"),
+        (f"explain {MODEL} --on v100-sxm2 --bits w4a8", "such as w4a16"),
+        (f"estimate {MODEL} --on l4 --ep 2", "unrecognized arguments: --ep"),
+        (f"simulate {MODEL} --on l4 --rate 1e-300", "--rate 1e-300: expected 1e-06 to 1e+06"),
         (f"simulate {MODEL} --on l4", "expected one load"),
         (f"simulate {MODEL} --on l4 --rate 1 --users 2", "expected one load"),
         (f"simulate {MODEL} --on l4 --users 1 --speed 2", "--speed goes with --trace"),
@@ -463,7 +485,7 @@ def test_bad_options_are_one_line(fail: Call, line: str, said: str) -> None:
     ("change", "said"),
     [
         (("tpot=40ms", "tpot=1ms"), "keeps the SLO ttft=1s,tpot=1ms,share=0.9 for no bucket"),
-        (("requests_per_s = 2", "requests_per_s = -2"), "-2 requests/s"),
+        (("requests_per_s = 2", "requests_per_s = -2"), "requests_per_s is -2"),
         (('"a10g"', '"l4"'), "no on-demand price is known"),
         (('"a10g"', '"a10g"\nprice = -1'), "price -1, expected"),
         (('"a10g"', '"a10g"\ncolour = 1'), "unknown colour"),

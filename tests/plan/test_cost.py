@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import json
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from everybit.errors import SourceError
 from everybit.plan.collectives import gather, levels, sends
 from everybit.plan.cost import Cost, Parallel
 from everybit.plan.curves import PROBE, Curve, Product, compare, fit_curve
-from everybit.plan.efficiency import FEW_ROWS, IDEAL, Efficiency, WeightOnly, prior
+from everybit.plan.efficiency import IDEAL, Efficiency, Reading, WeightOnly, prior
 from everybit.plan.hardware import Hardware, cards, read_hardware
 from everybit.plan.importers import read_products
 from everybit.plan.model import read_model
@@ -125,19 +128,69 @@ def test_cards_without_narrow_arithmetic_multiply_wider() -> None:
         only8.seconds(DECODE)
 
 
-def test_int4_is_no_fixed_speed_up(h100: Hardware) -> None:
+def test_int4_is_no_fixed_speed_up() -> None:
+    card = read_hardware("h200-sxm")
     plain, low = read_model("meta-llama/Meta-Llama-3-8B"), read_model("meta-llama/Meta-Llama-3-8B", weight_bits="int4")
-    efficiency = prior(h100)
+    efficiency = prior(card)
 
     def gain(rows: int) -> float:
         step = Step(decodes=(1,) * rows)
-        return Cost(plain, h100, efficiency=efficiency).seconds(step) / Cost(low, h100, efficiency=efficiency).seconds(
+        return Cost(plain, card, efficiency=efficiency).seconds(step) / Cost(low, card, efficiency=efficiency).seconds(
             step
         )
 
     assert 1.5 < gain(1) < 3
-    assert gain(FEW_ROWS) < 0.75 * gain(1)
+    assert gain(8) < 0.8 * gain(1)
     assert gain(128) < 1.2
+
+
+@pytest.mark.parametrize("engine", ["any", "everybit"])
+@pytest.mark.parametrize("card", ["h100-sxm", "a100-80-sxm", "xeon-8480-plus"])
+def test_more_bits_take_longer_and_none_jumps(card: str, engine: str) -> None:
+    """Up to the width that is multiplied; ours are slower than plain products from 16 rows on, as measured."""
+    hardware = read_hardware(card)
+    models = [read_model("meta-llama/Meta-Llama-3-8B", weight_bits=bits / 4) for bits in range(12, 65)]
+    for rows in (1, 4, 8, *(() if engine == "everybit" else (64,))):
+        step = Step(decodes=(1,) * rows)
+        found = [Cost(one, hardware, efficiency=prior(hardware, engine)).seconds(step) for one in models]
+        assert all(1 - 1e-9 < b / a < 1.07 for a, b in itertools.pairwise(found))
+        assert found[0] < found[-1]
+
+
+def test_unpacking_takes_no_less_for_more_bits() -> None:
+    """By hand: 1.17 bytes' time a weight however few its bits, then reading, then half way to two bytes."""
+    low = WeightOnly(many=Reading(least=1.17), few=Reading(), few_rows=2, compute=0.8, extra_s=6e-6)
+    assert [low.of(bits, 16, 64)[0] for bits in (2, 4.125, 8)] == [1.17] * 3
+    assert low.of(12, 16, 64) == pytest.approx(((1.17 + 2) / 2, 0.9, 3e-6))
+    assert low.of(16, 16, 64) == (2, 1, 0)
+    assert [low.of(4, 16, rows)[0] for rows in (1, 2, 3, 4, 8)] == [0.5, 0.5, 0.75, 1, 1.17]
+    assert [Reading(0.5, most=1.5).bytes_each(bits) for bits in (4, 8, 14)] == [1, 1.5, 1.75]
+
+
+def test_unpacking_goes_as_fast_as_fp32() -> None:
+    """H100 unpacks as H200 does, and reads 3.35 / 4.8 as fast; L4 has less memory still for its lanes."""
+    h200, h100, l4 = (prior(read_hardware(one)).weight_only.many.least for one in ("h200-sxm", "h100-sxm", "l4"))
+    assert h100 == pytest.approx(h200 * 3.35 / 4.8)
+    assert l4 < 0.2
+
+
+def test_our_kernels_on_a_gpu_are_as_measured() -> None:
+    """Of the products that the prior was fitted to; launches, which a server hides, are 3 us each."""
+    hardware = read_hardware("h200-sxm")
+    efficiency = prior(hardware, "everybit")
+    shapes = {"q, o": (4096, 4096), "qkv": (6144, 4096), "gate+up": (28672, 4096), "down": (4096, 14336)}
+    errors = []
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-26-gpu-linear.jsonl"
+    for row in map(json.loads, path.read_text().splitlines()):
+        if row["figure"] == "ours" and row["shape"] in shapes:
+            (n, k), rows, bits = shapes[row["shape"]], row["M"], row["bits"]
+            each, share, _ = efficiency.weight_only.of(bits, 16, rows)
+            reading_s = (n * k * each + 2 * rows * (n + k)) / hardware.main_memory.bytes_per_s / efficiency.memory
+            arithmetic_s = 2 * rows * n * k / hardware.flops["bf16"] / efficiency.compute / share
+            errors.append(abs((3e-6 + max(reading_s, arithmetic_s)) / (row["us"] * 1e-6) - 1))
+    assert len(errors) > 200
+    assert statistics.median(errors) < 0.12
+    assert statistics.quantiles(errors, n=10)[-1] < 0.3
 
 
 def test_tensor_parallelism(h100: Hardware) -> None:
@@ -259,7 +312,7 @@ def test_experts_that_wake_are_read() -> None:
 def test_experts_over_data_parallel_groups(h100: Hardware) -> None:
     """Eight groups of 8 wake the experts of 64 tokens, an eighth of them on each device; attention is whole on each."""
     model = read_model("Qwen/Qwen3-30B-A3B")
-    spread, alone = Cost(model, h100, Parallel(dp=8, ep=8)), Cost(model, h100)
+    spread, alone = Cost(model, h100, Parallel(dp=8)), Cost(model, h100)
     read = [work.memory_s for work in spread.works(DECODE) if work.name == "expert_down"]
     whole = [work.memory_s for work in alone.works(Step(decodes=(1024,) * 64)) if work.name == "expert_down"]
     assert read[0] == pytest.approx(whole[0] / 8)
@@ -295,10 +348,8 @@ def test_steps_at_each_precision_of_an_overlay(llama: Model, h100: Hardware) -> 
     ("split", "told"),
     [
         ({"tp": 0}, "numbers from 1"),
-        ({"tp": 2, "ep": 3}, "a multiple of ep"),
         ({"tp": 3}, "does not divide 32 attention heads"),
         ({"pp": 33}, "33 pipeline stages for 32 layers"),
-        ({"tp": 2, "ep": 2}, "has no experts"),
         ({"tp": 32, "pp": 64}, "no link joins 2048 devices"),
     ],
 )
@@ -324,7 +375,9 @@ def test_a_probe_finds_its_curve() -> None:
     for m, n, k in ((1, 8192, 8192), (32, 12288, 4096), (2048, 8192, 8192)):
         assert found.seconds(m, n, k) == pytest.approx(true.seconds(m, n, k), rel=0.03)
     plain = replace(true, bits=16, memory=0.9, few=0.9, compute=0.7, fixed_s=9e-6)
-    assert compare(true, plain) == WeightOnly(0.6 / 0.9, 0.8 / 0.9, 0.5 / 0.7, 0.0)
+    low = compare(true, plain)
+    assert low == WeightOnly(Reading(least=4.125 / 8 * 0.9 / 0.6), Reading(0.8 / 0.9), 2, 0.5 / 0.7, 0.0)
+    assert low.of(4.125, 16, 16)[0] == pytest.approx(4.125 / 8 * 0.9 / 0.6)
     with pytest.raises(SourceError, match="3 products arrived"):
         fit_curve([Product(1, 1, 1, 1.0)] * 3, 16, 1e12, 1e14)
 

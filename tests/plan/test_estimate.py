@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 import tomllib
 from dataclasses import replace
@@ -11,12 +12,12 @@ from importlib.resources import files
 import pytest
 
 from everybit.errors import SourceError
-from everybit.plan.calibrate import Calibration
+from everybit.plan.calibrate import Calibration, Seen
 from everybit.plan.cost import Cost, Parallel
 from everybit.plan.efficiency import group_of, prior
-from everybit.plan.estimate import estimate, roofline, with_bits
+from everybit.plan.estimate import Estimate, estimate, roofline, with_bits
 from everybit.plan.explain import explain
-from everybit.plan.hardware import cards, read_hardware
+from everybit.plan.hardware import Hardware, cards, read_hardware
 from everybit.plan.model import read_model
 from everybit.plan.operators import Model
 from everybit.plan.power import Interval, power_of
@@ -166,6 +167,18 @@ def test_explain_names_what_binds_and_the_next_best() -> None:
     assert lines[-1].startswith("efficiencies (measured): prior of gpu-fp8")
 
 
+def test_explain_tries_half_and_twice_the_devices_of_each_split() -> None:
+    """With dp 8 for two clients six groups idle."""
+    (line,) = (
+        one for one in explain(with_bits(LLAMA, 4), H100, concurrency=2, parallel=Parallel(dp=8)) if "better" in one
+    )
+    assert line.startswith("better: dp 4: ")
+    (line,) = (
+        one for one in explain(with_bits(LLAMA, 4), H100, concurrency=64, parallel=Parallel(pp=4)) if "better" in one
+    )
+    assert line.startswith("better: pp 2: ")
+
+
 def test_explain_of_limits_that_are_kept() -> None:
     lines = explain(LLAMA, H100, concurrency=8, most_tpot_s=0.02)
     assert any(line.startswith("TPOT 8.4 ms keeps the limit of 20.0 ms, with 58% of it free") for line in lines)
@@ -222,8 +235,62 @@ def test_every_name_in_the_priors_is_a_card() -> None:
     shipped = tomllib.loads((files("everybit.plan") / "priors.toml").read_text("utf-8"))
     known = {read_hardware(one).name: group_of(read_hardware(one)) for one in cards()}
     for group, values in shipped["groups"].items():
-        for name in (*values.get("measured_on", ()), *values.get("related", ())):
-            assert known[name] == group
+        assert all(known[name] == group for name in values.get("related", ()))
+    assert all(name in known for values in shipped["engines"].values() for name in values["measured_on"])
+
+
+def test_measured_is_of_an_engine_on_the_very_card() -> None:
+    def known(card: Hardware, engine: str) -> tuple[str, float]:
+        found = estimate(LLAMA, card, engine=engine)
+        return found.known, found.tpot_s.high / found.tpot_s.value
+
+    assert known(H100, "vllm") == known(H100, "any")
+    assert known(H100, "any")[0] == "measured"
+    assert known(H100, "sglang")[0] == known(H100, "everybit")[0] == "borrowed"
+    assert known(H100, "everybit")[1] > known(H100, "vllm")[1]
+    assert known(read_hardware("l40s"), "everybit")[1] > known(read_hardware("l40s"), "vllm")[1]
+    assert "no server of sglang was measured on H100 SXM" in estimate(LLAMA, H100, engine="sglang").source
+    mine = replace(H100, flops={name: 0.7 * rate for name, rate in H100.flops.items()})
+    assert known(mine, "any")[0] == "borrowed"
+    assert "as given is no shipped card" in estimate(LLAMA, mine).source
+    assert known(replace(H100, prices=()), "any") == known(H100, "any")
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("engine", ["any", "everybit"])
+def test_a_user_more_is_no_token_less(bits: int, pp: int, engine: str) -> None:
+    model = read_model("meta-llama/Meta-Llama-3-8B", weight_bits=bits)
+    split = Parallel(pp=pp)
+    found = [
+        estimate(model, H100, engine=engine, concurrency=n, parallel=split).tokens_per_s.value for n in range(1, 20)
+    ]
+    assert found == sorted(found)
+
+
+def test_no_more_clients_run_than_there_are() -> None:
+    assert estimate(LLAMA, H100, concurrency=3, parallel=Parallel(dp=8)).running == 3
+
+
+def test_a_calibration_is_sure_of_what_was_measured_alone() -> None:
+    base, seen = replace(prior(H100), spread=0.05), Seen(("product",), ((1, 1), (2, 1)))
+    one = Calibration(H100.name, "any", ("",), base, (), 9, seen=seen)
+
+    def found(model: Model, tp: int) -> Estimate:
+        return estimate(model, H100, calibration=one, parallel=Parallel(tp))
+
+    int4, fp8 = (
+        read_model("meta-llama/Meta-Llama-3-8B", weight_bits=bits, activation_bits=activations)
+        for bits, activations in (("int4", 16), ("fp8", 8))
+    )
+    sure = found(LLAMA, 2)
+    assert sure.known == "calibrated"
+    for model, tp, told in ((LLAMA, 4, "none of them of tp 4"), (int4, 1, "weights below"), (fp8, 2, "fewer than 16")):
+        vague = found(model, tp)
+        assert vague.known == "partly calibrated"
+        assert told in vague.source
+        assert vague.tpot_s.high / vague.tpot_s.value == pytest.approx(math.exp(1.645 * prior(H100).spread), rel=1e-3)
+        assert vague.tpot_s.high / vague.tpot_s.value > sure.tpot_s.high / sure.tpot_s.value
 
 
 def test_idle_groups_draw_their_idle_watts() -> None:

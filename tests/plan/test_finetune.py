@@ -166,6 +166,12 @@ def test_it_says_why_not_and_what_would_fit() -> None:
     shared = finetune(LLAMA2, Recipe("full", 2048), replace(A100, count=8), 1e6).nearest
     assert shared
     assert (shared.method, shared.zero) == ("full", 1)
+    much = finetune(LLAMA2, Recipe("lora", 2048, batch=1000, recompute="full"), A100, 1e6)
+    assert (much.why or "").startswith("lora, ZeRO 0, recompute full, batch 1000 needs")
+    assert much.nearest
+    assert 1 < (much.nearest.batch or 0) < 1000
+    assert str(much.nearest) == f"lora, ZeRO 0, recompute full, batch {much.nearest.batch}"
+    assert not finetune(LLAMA2, replace(much.nearest, batch=(much.nearest.batch or 0) + 1), A100, 1e6).fits
     nowhere = finetune(LLAMA65, Recipe("full", 2048), replace(A100, memory_bytes=8e9), 1e6)
     assert nowhere.why
     assert nowhere.nearest is None
@@ -288,7 +294,7 @@ def test_the_law_stands_in_for_parts_and_mfu() -> None:
     assert found.parts.total <= 80e9 < found.parts.total + law.sequence_bytes(128, 0.25)
     assert found.usd == pytest.approx(2e6 / law.queries_per_s(found.batch, 0.25) / 3600 * 2, rel=2e-3)
     many = finetune(MIXTRAL, Recipe("qlora", 128, batch=found.batch + 1), card, 1e6, law)
-    assert many.nearest == Recipe("qlora", 128, batch=1)
+    assert many.nearest == Recipe("qlora", 128, batch=found.batch)
     two = replace(card, count=2, network_bytes_per_s=1e5)
     assert finetune(MIXTRAL, Recipe("qlora", 128), two, 1e6, law).bound == "network"
     with pytest.raises(SourceError, match="leave out ZeRO"):
@@ -357,6 +363,7 @@ def test_the_moe_law_needs_runs_that_differ() -> None:
         (Recipe("full", 512, recompute="some"), A100, "recompute is 'some'"),
         (Recipe("full", 512, zero=4), A100, "zero is 4"),
         (Recipe("full", 0), A100, "sequence is 0"),
+        (Recipe("full", 4097), A100, "sequence is 4097: give at most 4096, the context of 'llama-2-7b'"),
         (Recipe("full", 512, base_bits=4), A100, "no frozen weights"),
         (Recipe("lora", 512, base_bits=400), A100, "base_bits is 400: give at most 64"),
         (Recipe("lora", 512, rank=4097), A100, "rank is 4097: give at most 4096, the hidden size of 'llama-2-7b'"),
@@ -372,6 +379,21 @@ def test_the_moe_law_needs_runs_that_differ() -> None:
 def test_bad_input_is_told(recipe: Recipe, devices: Devices, message: str) -> None:
     with pytest.raises(SourceError, match=re.escape(message)):
         finetune(LLAMA2, recipe, devices, 1e6)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--method full --rank 7", "--rank 7: a full fine-tune has no adapters"),
+        ("--method lora --tokens 1e300", "tokens is 1e+300: give at most 1e+15"),
+        ("--method lora --sequence 16384", "sequence is 16384: give at most 8192"),
+        ("--method lora --batch 1000", "nearest that fits: lora, ZeRO 0, recompute selective, batch "),
+    ],
+)
+def test_bad_options_are_told(capsys: pytest.CaptureFixture[str], words: str, said: str) -> None:
+    line = "plan finetune meta-llama/Meta-Llama-3-8B --on h100-sxm --tokens 1e6"
+    assert main([*line.split(), *words.split()]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_model_without_layers_is_told() -> None:

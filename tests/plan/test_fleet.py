@@ -116,6 +116,23 @@ def test_free_and_rare_replicas_are_counted() -> None:
     assert plan_fleet([Bucket(1, 1, 1e-8)], [replace(A10G, rates=(5.0,))]).counts == {"a10g-bf16": 1}
 
 
+def test_rates_may_be_whole_numbers() -> None:
+    assert plan_fleet([CHAT], [replace(A10G, rates=(20,))]).loads == {"a10g-bf16": 0.75}
+
+
+@pytest.mark.parametrize("requests_per_s", [1e-300, 1e-6, 1e-4])
+def test_the_rarest_requests_take_a_replica(requests_per_s: float) -> None:
+    """The solver's tolerance would serve them with none."""
+    types = [replace(A10G, rates=(5.0,)), replace(A100, rates=(20.0,))]
+    fleet = plan_fleet([Bucket(1, 1, requests_per_s)], types, Limits(utilisation=0.8), explain=True)
+    assert (fleet.counts, fleet.binding) == ({"a10g-bf16": 1}, ())
+    assert fleet.bound_usd_per_h == pytest.approx(1.01)
+    assert fleet.runner_up
+    assert fleet.runner_up.usd_per_h == pytest.approx(3.67)
+    sliced = plan_fleet([Bucket(1, 1, requests_per_s)], types, slices=4)
+    assert sliced.bound_usd_per_h == pytest.approx(1.01)
+
+
 # --- limits
 def test_a_quota_counts_devices() -> None:
     types = (A10G, replace(A100, devices=2))
@@ -133,6 +150,13 @@ def test_spot_pays_for_spares_and_says_its_risk() -> None:
     bare = plan_fleet([CHAT], [replace(one, rates=one.rates[:1]) for one in (A10G, spot)], Limits(spot_losses=0))
     assert bare.counts == {"spot": 3}
     assert bare.spot_risk["spot"] == pytest.approx(1 - (1 - gone) ** 3)
+
+
+def test_many_spares_have_a_risk_too() -> None:
+    spot = replace(A10G, rates=(0.005,), spot=True, interruptions_per_h=10, recovery_s=1800)
+    fleet = plan_fleet([CHAT], [spot], Limits(spot_losses=1000))
+    assert fleet.counts == {spot.name: 4000}
+    assert fleet.spot_risk[spot.name] == pytest.approx(1.0)
 
 
 def test_a_share_of_requests_stays_on_demand() -> None:
@@ -302,9 +326,17 @@ def test_a_simulation_that_never_holds_is_told() -> None:
         (DEMAND, (replace(A10G, power_w=300), A100), Limits(), "neither may pass 200 W"),
         (DEMAND, (replace(A10G, base_w=151), A100), Limits(), "draws 151 W without load, 150 W with"),
         (DEMAND, (replace(A10G, interruptions_per_h=1000), A100), Limits(), "is taken 1000 times an hour"),
+        (DEMAND, (replace(A10G, name="a\n\x1b[31m"), A100), Limits(), r"'a\n\x1b[31m': expected a text that can"),
+        (
+            (replace(CHAT, requests_per_s=1e9), REPORT),
+            TYPES,
+            Limits(),
+            "takes 5e+07 replicas or more, expected at most",
+        ),
+        ((CHAT,), (replace(A10G, rates=(1e-9,)), replace(A100, rates=(1.0,))), Limits(), "serves 1e-09 of 15 requests"),
         (DEMAND, TYPES, Limits(utilisation=80), "utilisation is 80"),
         (DEMAND, TYPES, Limits(on_demand_share=50), "on_demand_share is 50"),
-        (DEMAND, TYPES, Limits(quotas={"a100": -1}), "quota of a100 is -1"),
+        (DEMAND, TYPES, Limits(quotas={"a100": -1}), "quota of 'a100' is -1"),
         (DEMAND, TYPES, Limits(spot_losses=-1), "spot_losses is -1"),
         (DEMAND, TYPES, Limits(mean_quality=float("nan")), "mean_quality is nan"),
     ],

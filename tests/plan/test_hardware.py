@@ -25,6 +25,7 @@ from everybit.plan.power import (
     read_intensities,
     sum_watts,
 )
+from everybit.plan.probe import write_card
 
 CARD = """
 name = "Mine"
@@ -131,7 +132,12 @@ def test_a_name_that_is_not_there_names_the_near_ones() -> None:
         ("tdp_w = 700", "tdp_w = 0x" + "f" * 6000, "tdp_w is a number of thousands of digits, expected a number"),
         ("tdp_w = 700", "tdp_w = " + "9" * 6000, "not TOML"),
         ("tdp_w = 700", "spot_interruptions_per_h = 5", "is 5, expected interruptions .* is it a percentage[?]"),
-        ('name = "Mine"', 'name = "Mi\\nne"', "expected a name that can be printed"),
+        ('name = "Mine"', 'name = "Mi\\nne"', r"name is 'Mi.*nne', expected a text that can be printed"),
+        ('name = "HBM"', 'name = "H\\u001b[31m"', "name is 'H.*', expected a text that can be printed"),
+        ('provider = "X"', 'provider = "X\\u001b[31m"', "provider is 'X.*', expected a text that can be printed"),
+        ('"sheet"', '"sheet\\u202e"', "source is 'sheet.*', expected a text that can be printed"),
+        ("tdp_w = 700", '"\\u001b[31m" = 700', "unknown '.x1b.31m'; expected some of name"),
+        ("default = {", '"\\u001b" = 1\ndefault = {', "provenance '.x1b': 1 is not a table"),
         ("tdp_w = 700", "tdp_w = 700\nidle_w = 800", "idle_w 800 is not below tdp_w 700"),
         ("tdp_w = 700", "tdp = 700", "unknown tdp; expected some of name, kind"),
         ("tdp_w = 700", 'tdp_w = "700 W"', "tdp_w is '700 W', expected a number"),
@@ -144,6 +150,10 @@ def test_a_name_that_is_not_there_names_the_near_ones() -> None:
         ("bf16 = 989.4e12\nfp8 = 1978.9e12", "bf16 = 1979e12", "bf16 .* is twice the 9.894e.14 of .*sparse"),
         ("fp8 =", "fp9 =", "flops 'fp9': expected one of fp32"),
         ("bytes = 80e9", "bytes = 80", "memory.HBM.bytes is 80, expected bytes, as 80e9"),
+        ("bytes = 80e9", "bytes = 80e6", "memory.HBM.bytes is 80000000.0, expected .* kB[?] then write 8e.10"),
+        ("bytes = 80e9", "bytes = 85899345920", "memory.HBM.bytes is 8.58993e.10, 80 GiB: write 80e9"),
+        ("= 3.35e12", "= 26.8e12", "HBM.bytes_per_s is .*, expected .* 0.011 to 2 s; bits/s[?] then write 3.35e.12"),
+        ("= 3.35e12", "= 3350e6", "HBM.bytes_per_s is .*, expected .* kB/s[?] then write 3.35e.12"),
         ("bytes_per_s = 3.35e12", "bytes_per_s = 3350", "bytes_per_s is 3350, expected bytes/s"),
         ("bytes_per_s = 3.35e12", "bytes_per_s = 3.35e15", "bytes_per_s is 3350000000000000.0, expected bytes/s"),
         ("bytes_per_s = 3.35e12", f"bytes_per_s = {3350 * 2**30}", "3350 GiB/s: vendors mean 3350e9 by GB/s"),
@@ -164,6 +174,7 @@ def test_a_name_that_is_not_there_names_the_near_ones() -> None:
             "price is 229, expected [$] an hour of one device, 0 to 50: .*whole node",
         ),
         ('"2026-11-01"', '"November"', "date of a price is 'November'"),
+        ('"2026-11-01"', '"2999-11"', "date of a price is 2999-11, expected a day that is past"),
         ('default = { kind = "vendor"', 'default = { kind = "rumour"', "provenance default 'rumour'"),
         ("default =", "tdp_w =", "flops.fp32 has no provenance"),
         ('"memory.HBM.bytes_per_s"', '"memory.DDR"', "provenance of 'memory.DDR', which is no figure"),
@@ -197,6 +208,31 @@ def test_links_of_each_kind_have_bounds(tmp_path: Path, kind: str, link: str, by
         return
     with pytest.raises(SourceError, match=r"bits/s\? then write"):
         read(tmp_path, text)
+
+
+@pytest.mark.parametrize("name", [name for name in cards() if read_hardware(name).kind == "gpu"])
+def test_bits_for_bytes_of_a_memory_are_told(tmp_path: Path, name: str) -> None:
+    card = read_hardware(name)
+    fast = replace(card.main_memory, bytes_per_s=8 * card.main_memory.bytes_per_s)
+    write_card(replace(card, memory=(fast, *card.memory[1:])), tmp_path / "card.toml")
+    with pytest.raises(SourceError, match=f"bits/s. then write {card.main_memory.bytes_per_s:g}".replace("+", ".")):
+        read_hardware(tmp_path / "card.toml")
+
+
+def test_gpus_to_come_and_those_in_the_host_s_memory_are_read(tmp_path: Path) -> None:
+    for size, rate in (("288e9", "22e12"), ("128e9", "273e9"), ("10e9", "760e9")):  # Rubin, GB10, RTX 3080
+        text = CARD.replace("bytes = 80e9", f"bytes = {size}").replace("3.35e12", rate)
+        assert read(tmp_path, text).main_memory.bytes_per_s == float(rate)
+
+
+def test_a_price_of_a_whole_node_is_told_where_that_of_a_device_is_known(tmp_path: Path) -> None:
+    text = CARD.replace('"Mine"', '"H100 SXM"').replace("usd_per_h = 2.5", "usd_per_h = 18.32")
+    with pytest.raises(
+        SourceError, match=r"on-demand price is 18.32, .* 2.95 at most; of a node of 8. then write 2.29"
+    ):
+        read(tmp_path, text)
+    assert read(tmp_path, text.replace("18.32", "12.29")).price().usd_per_h == 12.29
+    assert read(tmp_path, text.replace('"H100 SXM"', '"Mine"')).price().usd_per_h == 18.32
 
 
 def test_small_accelerators_may_draw_less_than_a_gpu(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from everybit.cli.main import main
 from everybit.errors import EverybitError, SourceError
 from everybit.plan.cost import Parallel
 from everybit.plan.hardware import read_hardware
@@ -40,7 +42,7 @@ def test_splits() -> None:
     assert whole == model.weight_bytes
     assert device_weights(model, Parallel(tp=4)) == pytest.approx(whole / 4, rel=0.01)
     experts = sum(one.bytes for one in model.layers[0].experts.linears) * 8 * 32  # type: ignore[union-attr]
-    assert device_weights(model, Parallel(dp=4, ep=4)) == pytest.approx(whole - experts * 3 / 4)
+    assert device_weights(model, Parallel(dp=4)) == pytest.approx(whole - experts * 3 / 4)
     assert device_cache(model, Parallel(tp=16), 1000) == device_cache(model, Parallel(tp=8), 1000)  # 8 key heads
     assert device_cache(model, Parallel(pp=2), 1000) == device_cache(model, Parallel(), 1000) / 2
 
@@ -82,6 +84,13 @@ def test_what_fits_nowhere_on_a_node() -> None:
     assert "tp" not in found.why.partition("nearest")[2]
 
 
+def test_what_cannot_be_split_is_no_way_out() -> None:
+    wide = {"hidden_size": 9216, "intermediate_size": 28672, "num_hidden_layers": 80}
+    for heads, said in ((9, False), (8, True)):
+        model = read_model({**LLAMA, **wide, "num_attention_heads": heads, "num_key_value_heads": heads})
+        assert ("tp 4" in fit(model, H100).why) == said
+
+
 def test_states_do_not_grow() -> None:
     model = read_model("state-spaces/mamba-2.8b-hf")
     assert fit(model, H100, context=1000).cache_bytes == fit(model, H100, context=100_000).cache_bytes > 0
@@ -94,6 +103,32 @@ def test_encoders_are_limited_by_their_steps() -> None:
 def test_bad_contexts() -> None:
     with pytest.raises(SourceError, match="a context of 0 tokens arrived"):
         fit(read_model("meta-llama/Meta-Llama-3-8B"), H100, context=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("memory --on a100-80-sxm --bits fp8", "multiplies no fp8: pass w8a16"),
+        ("memory --on h100-sxm --tp 3", "tp 3 does not divide 32 attention heads"),
+        ("memory --on h100-sxm --pp 1000", "1000 pipeline stages for 32 layers"),
+        ("memory --on h100-sxm --context 10000000", "has a context of 131072 tokens: shorten it"),
+        ("roofline --on h100-sxm --tp 3", "tp 3 does not divide 32 attention heads"),
+        ("roofline --on h100-sxm --prompt 100000000", "--prompt 100000000: meta-llama/Llama-3.1-8B has a context of"),
+        ("roofline --on h100-sxm --users 100000000000", "--users 100000000000: expected at most 1048576"),
+    ],
+)
+def test_commands_refuse_what_cannot_be(capsys: pytest.CaptureFixture[str], words: str, said: str) -> None:
+    command, *options = words.split()
+    assert main(["plan", command, "meta-llama/Llama-3.1-8B", *options], ("plan",)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_card_that_can_stands_beside_one_that_cannot(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "plan memory meta-llama/Llama-3.1-8B --on a100-80-sxm --on h100-sxm --bits fp8 --context 8192 --json"
+    assert main(line.split(), ("plan",)) == 0
+    a100, h100 = json.loads(capsys.readouterr().out)
+    assert (a100["sequences"], "multiplies no fp8" in a100["why"]) == (0, True)
+    assert (h100["sequences"] > 1, h100["why"]) == (True, "")
 
 
 LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "vocab_size": 200,

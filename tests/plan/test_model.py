@@ -176,6 +176,8 @@ def test_stored_bits_of_formats() -> None:
     assert codebook_bits("everybit", 4096, 8) == 8 + 8 * (4 + 26) / 4096
     with pytest.raises(SourceError, match="'int3' is unknown, expected one of fp32"):
         codebook_bits("int3")
+    with pytest.raises(SourceError, match="bits -4 arrived"):
+        codebook_bits("int4", bits=-4)
 
 
 def bits_of(model: Model) -> dict[str, float]:
@@ -226,6 +228,8 @@ def group(**weights: Any) -> dict[str, Any]:
         ({"quant_method": "compressed-tensors", "config_groups": {
             "all": group(), "down": {**group(num_bits=8, group_size=None), "targets": ["re:.*mlp[.].*"]}}},
          8, 4.125, 4.125),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, 8, 16, 8),
+        ({"quant_method": "fp8", "weight_block_size": [8, 16]}, 8.25, 16, 8.25),
     ],
 )  # fmt: skip
 def test_quantized_configs(scheme: dict[str, Any], up: float, head: float, qkv: float) -> None:
@@ -361,6 +365,20 @@ def test_a_name_is_one_printable_line() -> None:
     assert [read_model({**config, "_name_or_path": one}).name for one in ("a\nb", ["a"])] == ["model", "model"]
 
 
+def test_names_of_folders_do_not_command_the_terminal(tmp_path: Path) -> None:
+    folder = tmp_path / "red\x1b[31m"
+    folder.mkdir()
+    with pytest.raises(SourceError, match="has no config.json") as refused:
+        read_model(folder)
+    assert str(refused.value).isprintable()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **BASE}))
+    assert read_model(folder).name == r"'red\x1b[31m'"
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ModelError) as caught:
+        read_model(folder)
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("missing", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
                                      "intermediate_size", "max_position_embeddings"])  # fmt: skip
 def test_a_missing_field_is_named(missing: str) -> None:
@@ -395,6 +413,38 @@ def test_a_missing_field_is_named(missing: str) -> None:
         ({"quantization_config": {"quant_method": "modelopt", "quant_algo": []}}, "not a modelopt scheme"),
         ({"quantization_config": {"quant_method": "fp8", "ignored_layers": ["re:(a+)+$"]}}, "not a fp8 scheme"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 1]}}, "not a fp8 scheme"),
+        *(
+            ({"quantization_config": {"quant_method": method, **scheme}}, message)
+            for method, scheme, message in (
+                ("gptq", {"bits": -4}, "bits -4, expected 1 to 16"),
+                ("gptq", {"bits": 0}, "bits 0, expected 1 to 16"),
+                ("gptq", {"bits": float("inf")}, "bits inf, expected 1 to 16"),
+                ("gptq", {"bits": 4, "group_size": 0}, "group_size 0, expected 1 to 1000000"),
+                ("awq", {"w_bit": 4, "q_group_size": -128}, "group_size -128, expected 1 to"),
+                ("fp8", {"weight_block_size": [-1, 128]}, "block -1, expected 1 to"),
+                ("fp8", {"weight_block_size": [128]}, "expected rows and columns"),
+                ("compressed-tensors", {"config_groups": {"a": group(num_bits=-4)}}, "num_bits -4, expected"),
+                ("compressed-tensors", {"config_groups": {"a": group(group_size=-2)}}, "group_size -2, expected"),
+                (
+                    "compressed-tensors",
+                    {"config_groups": {"a": group(strategy="block", block_structure=[8, 0])}},
+                    "block 0, expected",
+                ),
+                *(
+                    (
+                        "compressed-tensors",
+                        {"config_groups": {"a": {**group(), "input_activations": {"num_bits": n}}}},
+                        f"num_bits {n}, expected",
+                    )
+                    for n in (0, -8)
+                ),
+                (
+                    "compressed-tensors",
+                    {"config_groups": {"a": group()}, "kv_cache_scheme": {"num_bits": -8}},
+                    "num_bits -8, expected",
+                ),
+            )
+        ),
     ],
 )
 def test_bad_configs(change: dict[str, Any], message: str) -> None:

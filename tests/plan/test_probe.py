@@ -13,6 +13,7 @@ from statistics import NormalDist
 
 import pytest
 
+from everybit.cli.main import main
 from everybit.cli.plan import probe as command
 from everybit.errors import OutputError, SourceError
 from everybit.plan.calibrate import read_calibration
@@ -108,6 +109,8 @@ def test_a_card_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "card.toml").mkdir()
     with pytest.raises(SourceError, match="cannot be written"):
         write_card(card_of(FOUND), tmp_path / "card.toml")
+    with pytest.raises(SourceError, match="cannot be written"):
+        calibration_of(FOUND).save(tmp_path / "card.toml")
     assert [one.name for one in tmp_path.iterdir()] == ["card.toml"]
 
 
@@ -152,7 +155,13 @@ def test_measurements_that_cannot_be_are_refused(change: dict[str, object], mess
         replace(FOUND, **change)  # type: ignore[arg-type]
 
 
-# --- the command
+# --- the commands
+def test_calibrate_refuses_a_folder_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["plan", "calibrate", str(tmp_path / "none"), "--on", "l4", "--engine", "vllm", "-o", str(tmp_path)]
+    assert main(args, ("plan",)) == 2
+    assert "a folder is there, expected the name of a file" in capsys.readouterr().err
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in {
@@ -187,9 +196,13 @@ def test_the_command_measures_this_machine(small: None, tmp_path: Path, capsys: 
 
 
 def test_where_it_cannot_write_it_measures_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder.toml").mkdir()
+    (tmp_path / "card.calibration.json").mkdir()
     for name, error, message in (
         ("card.json", SourceError, "expected a name that ends in .toml"),
         ("none/card.toml", OutputError, "make it first"),
+        ("folder.toml", OutputError, "folder.toml is a folder, expected the name of a file"),
+        ("card.toml", OutputError, "card.calibration.json is a folder, expected the name of a file"),
     ):
         args = arguments("-o", str(tmp_path / name))
         with pytest.raises(error, match=message):

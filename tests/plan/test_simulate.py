@@ -23,7 +23,8 @@ from everybit.cli.main import main
 from everybit.errors import EverybitError, SourceError
 from everybit.plan.cost import SINGLE, Cost, Parallel
 from everybit.plan.deployment import Deployment
-from everybit.plan.efficiency import IDEAL
+from everybit.plan.efficiency import IDEAL, prior
+from everybit.plan.estimate import estimate, place
 from everybit.plan.hardware import read_hardware
 from everybit.plan.model import read_model
 from everybit.plan.operators import Model
@@ -498,7 +499,7 @@ def test_a_pipeline_serves_more_and_no_request_faster() -> None:
 
 
 def test_experts_in_lockstep_see_all_tokens() -> None:
-    split = Parallel(tp=2, dp=2, ep=4)
+    split = Parallel(tp=2, dp=2)
     model: Model = read_model(MIXTRAL, weight_bits=8)
     cost = Cost(model, read_hardware("h100-sxm"), split)
     time = Lockstep(cost)
@@ -527,13 +528,28 @@ def test_offloaded_rungs_stream_what_lies_below_the_planes_that_stay() -> None:
     assert replica.blocks >= 2048 / 16
 
 
+@pytest.mark.parametrize("users", [1, 4])
+def test_offloading_is_as_in_an_estimate(users: int) -> None:
+    """A step streams the same weights; contexts are no multiple of a block."""
+    card, name = read_hardware("h100-sxm"), "meta-llama/Llama-3.1-70B"
+    model = read_model(name)
+    deployment = Deployment({0: model}, card, SINGLE, prior(card), "everybit", offload=True, users=users)
+    (replica,) = deployment.pool(1, 1085, TARGET, "round-robin").replicas
+    assert replica.blocks * 16 >= 1085 * users
+    placed = place(model, card, SINGLE, 1085, users, prior(card))  # as an estimate does
+    assert placed
+    assert replica.time.seconds(Step(decodes=(1000,))) == pytest.approx(placed.stream_s, rel=1e-3)
+    if users == 1:
+        found = estimate(model, card, prompt=1000, output=85, offload=True).tpot_s.value
+        assert found == pytest.approx(placed.stream_s)
+
+
 def test_what_is_not_simulated_is_refused() -> None:
     for make, told in (
         (lambda: deployed(LLAMA, engine="vllm", speculation=Speculation(3, 0.5, 3)), "only everybit drafts"),
         (lambda: deployed(LLAMA, speculation=Speculation(3, 0.5, 8)), "drafts at 8 bits for 8"),
         (lambda: deployed(LLAMA, speculation=Speculation(3, 0.5, 2.5)), "whole bits"),
         (lambda: deployed(MIXTRAL, (3, 8), Parallel(dp=2)), "one precision and without drafts"),
-        (lambda: names(deployed(LLAMA, split=Parallel(tp=2, ep=2))), "no experts"),
     ):
         with pytest.raises(SourceError) as caught:
             make()

@@ -177,7 +177,7 @@ def test_a_simulation_has_a_life_for_each_request(alone: Server) -> None:
 
 
 def test_the_ladder_gives_way_to_load(alone: Server) -> None:
-    auto = {"card": "l4", "bits": ["everybit3", "everybit8"], "slo": {"tpot_ms": 50}, "output": 100, "prompt": 200}
+    auto = {"card": "l4", "bits": ["everybit3", "everybit8"], "slo": {"tpot_ms": 30}, "output": 100, "prompt": 200}
 
     def mean_bits(rate: float, seconds: float) -> float:
         body = {**SIMULATE, **auto, "rate": rate, "seconds": seconds}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -14,13 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from everybit.errors import SourceError, reason
-from everybit.plan.cost import Parallel
-from everybit.plan.efficiency import BOUNDS, Efficiency, Products, WeightOnly, is_routed
+from everybit.plan.cost import Cost, Parallel, Work
+from everybit.plan.efficiency import BOUNDS, Efficiency, Products, is_routed, read_weight_only
 from everybit.plan.hardware import Hardware
 from everybit.plan.operators import Model
 from everybit.plan.service import Latency, Service, compile_service
+from everybit.plan.step import Step
 
-_FORMAT, _VERSION = "everybit-plan-calibration", 2
+_FORMAT, _VERSION = "everybit-plan-calibration", 3
 _NAMES = tuple(BOUNDS)
 # How far a fit may well be from its prior, as a standard deviation of the log.
 _FREE = {"memory": 0.15, "compute": 0.3, "overlap": 0.3, "attention": 0.4, "cache": 0.3, "sequence_s": 0.4, "link": 0.5}
@@ -30,6 +32,11 @@ _SCALES = {"ttft_s": 0.4, "tpot_s": 0.08, "e2e_s": 0.08}
 _CLOSE = 0.2  # scales of measures that tell the spread
 _PRIOR_RUNS = 4
 _SURE = NormalDist().inv_cdf(0.95)
+_KINDS = {
+    "product": "16 bits or more",
+    "narrow": "fewer than 16 bits",
+    "weight_only": "weights below what is multiplied",
+}
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,27 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What the runs of a fit had: kinds of products (see `Work`), and splits as (tp, pp)."""
+
+    kinds: tuple[str, ...]
+    splits: tuple[tuple[int, int], ...]
+
+    def lacks(self, model: Model, hardware: Hardware, parallel: Parallel) -> list[str]:
+        kinds = _kinds(Cost(model, hardware).works(Step(decodes=(1,)))) - set(self.kinds)
+        found = [f"products of {_KINDS[one]}" for one in sorted(kinds)]
+        if (parallel.tp, parallel.pp) not in self.splits:
+            found.append(f"tp {parallel.tp}" + (f" pp {parallel.pp}" if parallel.pp > 1 else ""))
+        return found
+
+
+@dataclass(frozen=True)
 class Fit:
-    """`draws`: efficiencies of resampled measurements, for intervals."""
+    """`draws`: efficiencies of resampled measurements, for intervals. `seen`: None where all was measured."""
 
     efficiency: Efficiency
     draws: tuple[Efficiency, ...]
+    seen: Seen | None = None
 
 
 @dataclass(frozen=True)
@@ -92,10 +115,11 @@ class Calibration:
     draws: tuple[Efficiency, ...]
     samples: int
     routed: Fit | None = None
+    seen: Seen | None = None
 
     def of(self, model: Model) -> Fit:
         """What holds for a model."""
-        found = self.routed if self.routed and is_routed(model) else Fit(self.efficiency, self.draws)
+        found = self.routed if self.routed and is_routed(model) else Fit(self.efficiency, self.draws, self.seen)
         return replace(found, efficiency=found.efficiency.of(model))
 
     def save(self, path: str | Path) -> None:
@@ -106,6 +130,8 @@ class Calibration:
             partial.write_text(json.dumps(document, indent=1), "utf-8")
             partial.replace(path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
             raise SourceError(f"calibration {path}: cannot be written: {reason(error)}") from None
 
 
@@ -122,6 +148,7 @@ def read_calibration(path: str | Path) -> Calibration:
                 "efficiency": _read_efficiency(found["efficiency"]),
                 "draws": tuple(map(_read_efficiency, found["draws"])),
                 "routed": None if found["routed"] is None else _read_fit(**found["routed"]),
+                "seen": _read_seen(found["seen"]),
             }
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -148,6 +175,7 @@ def calibrate(samples: Sequence[Sample], prior: Efficiency, *, draws: int = 20, 
         first.draws,
         len(samples),
         rest[0] if rest else None,
+        first.seen,
     )
 
 
@@ -191,7 +219,15 @@ def _fit_family(samples: Sequence[Sample], prior: Efficiency, routed: bool, draw
         f"models with{'' if routed else 'out'} experts",
     }
     again = (_fit(randomly.choices(cases, k=len(cases)), prior, fitted) for _ in range(draws))
-    return Fit(replace(fitted, **told), tuple(replace(one, **told) for one in again))
+    kinds = {kind for case in cases for kind in _kinds(case.service.decode)}
+    splits = {(one.parallel.tp, one.parallel.pp) for one in samples}
+    seen = Seen(tuple(sorted(kinds)), tuple(sorted(splits)))
+    return Fit(replace(fitted, **told), tuple(replace(one, **told) for one in again), seen)
+
+
+def _kinds(works: Sequence[Work]) -> set[str]:
+    """Of the products whose width differs: heads and routers stay wide."""
+    return {one.kind for one in works if one.linear and one.name not in ("head", "router")}
 
 
 class _Case:
@@ -262,8 +298,12 @@ def _check(samples: Sequence[Sample]) -> None:
             )
 
 
-def _read_fit(efficiency: Any, draws: Any) -> Fit:
-    return Fit(_read_efficiency(efficiency), tuple(map(_read_efficiency, draws)))
+def _read_fit(efficiency: Any, draws: Any, seen: Any) -> Fit:
+    return Fit(_read_efficiency(efficiency), tuple(map(_read_efficiency, draws)), _read_seen(seen))
+
+
+def _read_seen(found: Any) -> Seen | None:
+    return None if found is None else Seen(**{name: _tuples(one) for name, one in found.items()})
 
 
 def _read_efficiency(found: dict[str, Any]) -> Efficiency:
@@ -277,7 +317,7 @@ def _read_efficiency(found: dict[str, Any]) -> Efficiency:
         if not 0 <= found[name] <= 5:
             raise ValueError(f"{name} {found[name]} outside 0 to 5")
     products = None if found["products"] is None else Products(**_tuples(found["products"]))
-    return Efficiency(**{**found, "weight_only": WeightOnly(**found["weight_only"]), "products": products})
+    return Efficiency(**{**found, "weight_only": read_weight_only(found["weight_only"]), "products": products})
 
 
 def _tuples(found: Any) -> Any:

@@ -215,8 +215,9 @@ def _base(alone: Estimate, full: Estimate) -> float:
     """Watts where the line through a single client's and the most clients' power meets no load.
 
     It lies above the idle power: with fewer clients batches shrink, but a step, which reads all weights, hardly does.
-    Against simulations (8B on A10G and H100) the line is low by 0 to 13 % at loads of 0.3 to 0.9, where one from the
-    idle power is low by 8 to 38 %, and off by -10 to +26 % at 0.1.
+    Against simulations (benchmarks/plan_power.py: 8B on A10G and H100) the line is high by 0 to 14 % at loads of 0.3 to
+    0.9, once by 27 %, where one from the idle power is off by -38 to +11 %. At 0.1 it is high by 0 to 73 %: most where
+    a single client is a large part of the load.
     """
     high, low, more = _watts(full), _watts(alone), _rate(full) - _rate(alone)
     return min(high, low - _rate(alone) * (high - low) / more if more > 0 else low)

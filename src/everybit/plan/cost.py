@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 from everybit.errors import SourceError
 from everybit.plan.collectives import gather, levels, sends
-from everybit.plan.efficiency import FEW_ROWS, IDEAL, Efficiency
+from everybit.plan.efficiency import IDEAL, Efficiency
 from everybit.plan.hardware import Hardware
 from everybit.plan.model import distinct_experts
 from everybit.plan.offload import Placement
 from everybit.plan.operators import Attention, Experts, Layer, Linear, Model
 from everybit.plan.step import Step
 
-_WIDTHS = (("fp4", 4), ("fp8", 8), ("int8", 8), ("bf16", 16), ("fp16", 16), ("fp32", 32))
+WIDTHS = (("fp4", 4), ("fp8", 8), ("int8", 8), ("bf16", 16), ("fp16", 16), ("fp32", 32))
 _OUTPUT_BYTES = 2  # activations between operators
 
 
@@ -29,17 +29,17 @@ _OUTPUT_BYTES = 2  # activations between operators
 class Parallel:
     """`tp` neighbours share each operator, `pp` groups of them the layers, `dp` groups the requests.
 
-    Experts are spread over the tp * dp devices of a stage: over `ep` of them whole, over the rest cut as by tp.
+    Experts are spread over all tp * dp devices of a stage; whole ones or parts of each count the same here, since
+    uneven loads of experts are not counted.
     """
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
-    ep: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.tp, self.pp, self.dp, self.ep) < 1 or self.wide % self.ep:
-            raise SourceError(f"{self}: expected numbers from 1, and tp * dp a multiple of ep: fix them")
+        if min(self.tp, self.pp, self.dp) < 1:
+            raise SourceError(f"{self}: expected numbers from 1: fix them")
 
     @property
     def wide(self) -> int:
@@ -58,7 +58,8 @@ class Work(NamedTuple):
 
     `kind`: product (16 bits or more), narrow, weight_only, attention, cache (decoding's attention, states) or link, of
     which `compute_s` counts the steps and `memory_s` the bytes.
-    `flops`: the peak that `compute_s` is of. `linear`, `weights`: of products, and how many of its weights are read.
+    `flops`: the peak that `compute_s` is of. Of products: `linear`, how many of its `weights` are read, the `width` of
+    what is multiplied, and how long a byte for each weight takes (`byte_s`).
     """
 
     name: str
@@ -70,6 +71,8 @@ class Work(NamedTuple):
     flops: float = 0.0
     linear: Linear | None = None
     weights: float = 0.0
+    width: int = 16
+    byte_s: float = 0.0
 
 
 class Times(NamedTuple):
@@ -128,8 +131,6 @@ class Cost:
         heads = max((layer.attention.heads for layer in model.layers if layer.attention), default=parallel.tp)
         if heads % parallel.tp:
             raise SourceError(f"tp {parallel.tp} does not divide {heads} attention heads: pass a divisor")
-        if parallel.ep > 1 and not any(layer.experts for layer in model.layers):
-            raise SourceError(f"ep {parallel.ep} for {model.name}, which has no experts: pass 1")
 
     def seconds(self, step: Step, bits: int | None = None) -> float:
         """From the start of a step to its tokens, through all stages. Raises: SourceError for bits that are unknown"""
@@ -175,7 +176,7 @@ class Cost:
         key = stored, multiplied
         if key not in self._peaks:
             least = max(multiplied, 4 if stored < 6 else 8 if stored < 12 else 16)
-            fits = [(name, width) for name, width in _WIDTHS if width >= least and name in self.hardware.flops]
+            fits = [(name, width) for name, width in WIDTHS if width >= least and name in self.hardware.flops]
             if not fits:
                 raise SourceError(
                     f"card {self.hardware.name}: multiplies {', '.join(self.hardware.flops)} only, but the model needs "
@@ -201,9 +202,11 @@ class Cost:
     ) -> Work:
         flops, width = self.peak(linear.bits, model.activation_bits)
         moved = weight_bytes + rows * (linear.into * width / 8 + linear.out * _OUTPUT_BYTES) / share
-        kind = "weight_only" if linear.bits < 0.8 * width else "narrow" if width < 16 else "product"
-        compute_s, read = 2 * products / flops, weight_bytes / linear.bits * 8
-        return Work(linear.name, kind, count, compute_s, moved / self._bandwidth, rows, flops, linear, read)
+        kind = "weight_only" if linear.bits < width else "narrow" if width < 16 else "product"
+        compute_s, memory_s, read = 2 * products / flops, moved / self._bandwidth, weight_bytes / linear.bits * 8
+        return Work(
+            linear.name, kind, count, compute_s, memory_s, rows, flops, linear, read, width, read / self._bandwidth
+        )
 
     def _experts(self, model: Model, experts: Experts, rows: float, count: float) -> list[Work]:
         """All data-parallel groups send their tokens to the experts of all devices."""
@@ -266,12 +269,11 @@ class Cost:
         return found
 
 
-def times(works: Sequence[Work], e: Efficiency, layers: int, sequences: int, stream_s: float = 0.0) -> Times:
+def times(works: Sequence[Work], e: Efficiency, layers: int, sequences: float, stream_s: float = 0.0) -> Times:
     """The seconds of works under an efficiency. The inner loop of every fit: no objects, no numpy."""
     compute = memory = cache = link = 0.0
     launch = e.step_s + layers * e.layer_s + sequences * e.sequence_s if works else 0.0
-    few = e.weight_only
-    for _, kind, many, compute_s, memory_s, rows, _, linear, weights in works:
+    for _, kind, many, compute_s, memory_s, rows, _, linear, weights, width, byte_s in works:
         if kind == "link":
             link += many * (e.link_s + compute_s + memory_s / e.link)
             continue
@@ -281,12 +283,13 @@ def times(works: Sequence[Work], e: Efficiency, layers: int, sequences: int, str
             compute, memory = (compute + took, memory) if compute_s > memory_s else (compute, memory + took)
             continue
         a, b = compute_s / e.compute, memory_s / e.memory
-        if kind == "weight_only":
-            a, b = a / few.compute, b / (few.few if rows < FEW_ROWS else few.memory)
-            launch += many * few.extra_s
-        elif kind == "narrow":
+        if linear and kind == "weight_only":
+            each, share, extra_s = e.weight_only.of(linear.bits, width, rows)
+            a, b = a / share, b + byte_s * (each - linear.bits / 8) / e.memory
+            launch += many * extra_s
+        if width < 16:
             a /= e.narrow
-        elif kind != "product":
+        if not linear:
             a, b = a / e.attention, b / e.cache
             if kind == "cache" and b >= a:
                 cache += many * b

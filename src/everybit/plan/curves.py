@@ -14,7 +14,9 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from everybit.errors import SourceError
-from everybit.plan.efficiency import FEW_ROWS, WeightOnly
+from everybit.plan.efficiency import Reading, WeightOnly
+
+FEW_ROWS = 2  # that TensorRT-LLM's matrix-vector kernels multiply as fast as one
 
 # (m, n, k): few, some and many rows, each of small and large weights, tell launch, reading and arithmetic apart.
 PROBE = (
@@ -39,7 +41,7 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """`few`: share of the bandwidth below `FEW_ROWS` rows. `bits`: stored for each weight."""
+    """`few`: share of the bandwidth up to `FEW_ROWS` rows. `bits`: stored for each weight."""
 
     bits: float
     bytes_per_s: float
@@ -51,8 +53,8 @@ class Curve:
 
     def seconds(self, m: float, n: int, k: int) -> float:
         moved = (n * k * self.bits / 8 + 2 * m * (n + k)) / self.bytes_per_s
-        share = self.few if m < FEW_ROWS else self.memory
-        return self.fixed_s + max(moved / share, 2 * m * n * k / self.flops / self.compute)
+        reading = min(moved / self.memory, moved / self.few * max(1.0, m / FEW_ROWS))
+        return self.fixed_s + max(reading, 2 * m * n * k / self.flops / self.compute)
 
 
 def fit_curve(products: Sequence[Product], bits: float, bytes_per_s: float, flops: float) -> Curve:
@@ -75,10 +77,14 @@ def fit_curve(products: Sequence[Product], bits: float, bytes_per_s: float, flop
 
 
 def compare(low: Curve, plain: Curve) -> WeightOnly:
-    """What `Efficiency` holds of a weight-only format: its curve over that of plain products on the same card."""
+    """What `Efficiency` holds of a weight-only format: its curve over that of plain products on the same card.
+
+    What its kernels for many rows miss of the bandwidth is taken for unpacking, which other widths need as well.
+    """
     return WeightOnly(
-        low.memory / plain.memory,
-        low.few / plain.memory,
+        Reading(least=low.bits / 8 * plain.memory / low.memory),
+        Reading(low.few / plain.memory),
+        FEW_ROWS,
         low.compute / plain.compute,
         max(0.0, low.fixed_s - plain.fixed_s),
     )

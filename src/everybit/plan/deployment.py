@@ -13,10 +13,10 @@ from everybit.batching.scheduler import Scheduler
 from everybit.errors import SourceError
 from everybit.plan.cost import Cost, Parallel
 from everybit.plan.efficiency import Efficiency
-from everybit.plan.estimate import with_bits
+from everybit.plan.estimate import place, with_bits
 from everybit.plan.hardware import Hardware
-from everybit.plan.memory import device_cache, device_weights, fit
-from everybit.plan.offload import Placement, pin_and_stream
+from everybit.plan.memory import device_cache, fit
+from everybit.plan.offload import Placement
 from everybit.plan.operators import Model
 from everybit.plan.power import power_of
 from everybit.plan.simulate.engine import Engine
@@ -50,8 +50,9 @@ class Deployment:
     `split`: data-parallel groups are replicas of their own, or engines in lockstep where they share experts; pipeline
     stages overlap as many micro-batches, each with its share of the KV blocks (see `Pipeline`). `engine`: whose
     scheduler is simulated, everybit or vllm. `pace`: step times are multiplied by it. `offload`: weights that do not
-    fit are streamed; caches then get at most half of the room, unless one sequence needs more, and of an overlay the
-    top planes stay, so that lower precisions stream less. `seed`: of right and wrong guesses. Raises: SourceError
+    fit are streamed, as `estimate.place` says, beside the caches of `most` sequences, or of its share of the `users`
+    where the load has so many; of an overlay the top planes stay, so that lower precisions stream less. `seed`: of
+    right and wrong guesses. Raises: SourceError
     """
 
     rungs: Mapping[int, Model]
@@ -65,6 +66,7 @@ class Deployment:
     speculation: Speculation | None = None
     offload: bool = False
     seed: int = 0
+    users: int | None = None
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -103,7 +105,7 @@ class Deployment:
         """
         groups, engines = (1, self.split.dp) if self._lockstep else (self.split.dp, 1)
         split = self.split if self._lockstep else replace(self.split, dp=1)
-        blocks, placements = self._memory(split, context)
+        blocks, placements = self._memory(split, context, count * self.split.dp)
         stages, seeds = split.pp, numbers(self.seed)
         if stages > 1 and blocks // stages < -(-context // _BLOCK_TOKENS):
             raise SourceError(
@@ -149,23 +151,24 @@ class Deployment:
         stream_s = placements[None].stream_s if placements else 0.0
         return Lockstep(whole, stream_s, self.pace), cost
 
-    def _memory(self, split: Parallel, context: int) -> tuple[int, dict[int | None, Placement]]:
-        """KV blocks of a group, and what is streamed at which bits (None: of a pass that names none)."""
+    def _memory(self, split: Parallel, context: int, groups: int) -> tuple[int, dict[int | None, Placement]]:
+        """KV blocks of one of `groups`, and what is streamed at which bits (None: of a pass that names none)."""
         placements: dict[int | None, Placement] = {}
-        room = fit(self.model, self.card, split, context=context)
-        if not room.sequences and self.offload:
-            bare = fit(self.model, self.card, split, context=context, pinned_bytes=0.0)
-            caches = min(bare.cache_bytes * self.most, max(bare.cache_bytes, bare.room_bytes / 2))
-            for bits, model in (None, self.model), *self._models().items():
-                left, reached = bare.room_bytes - caches, self.efficiency.memory
-                placements[bits] = pin_and_stream(device_weights(model, split), left, self.card, reached)
-            pinned = placements[None].pinned_bytes
-            room = fit(self.model, self.card, split, context=context, pinned_bytes=pinned)
+        needed = -(-context // _BLOCK_TOKENS)
+        context = min(needed * _BLOCK_TOKENS, self.model.context)
+        if self.offload:
+            sequences = self.most if self.users is None else min(self.most, self.users / groups)
+            for bits, rung in (None, self.model), *self._models().items():
+                placed = place(self.model, self.card, split, context, sequences, self.efficiency, rung)
+                if placed:
+                    placements[bits] = placed
+        pinned = placements[None].pinned_bytes if placements else None
+        room = fit(self.model, self.card, split, context=context, pinned_bytes=pinned)
         if not room.sequences:
             raise SourceError(room.why)
         each = device_cache(self.model, split, context) / context * _BLOCK_TOKENS
-        most = room.sequences // split.dp * -(-context // _BLOCK_TOKENS)
-        return int(room.room_bytes / each) if each else most, placements
+        most = room.sequences // split.dp * needed
+        return int(room.room_bytes / each + 1e-6) if each else most, placements
 
     def _power(self, cost: Cost) -> tuple[_Watts | None, float]:
         """Of the devices that an engine keeps busy: those of one stage, as each of `pp` batches is in one at a time."""

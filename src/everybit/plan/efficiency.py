@@ -6,13 +6,13 @@ import functools
 import math
 import tomllib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
 from everybit.errors import SourceError
-from everybit.plan.hardware import Hardware
+from everybit.plan.hardware import Hardware, cards, read_hardware
 from everybit.plan.operators import Model
 
 # Unbounded fits look good and fail on the next model: no share exceeds the peak.
@@ -33,20 +33,55 @@ BOUNDS: dict[str, tuple[float, float]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """What a kernel takes to read and unpack a weight, in bytes of a plain product's reading.
+
+    `share`: of the plain product's bandwidth; `least`, `most`: what unpacking takes, of however few or many bits (None:
+    as reading does).
+    """
+
+    share: float = 1.0
+    least: float = 0.0
+    most: float | None = None
+
+    def bytes_each(self, bits: float) -> float:
+        each = max(self.least, bits / 8 / self.share)
+        return each if self.most is None else max(bits / 8, min(self.most, each))
+
+    def scaled(self, ratio: float) -> Reading:
+        """Where unpacking takes `ratio` of the time, against reading."""
+        most = None if self.most is None else self.most * ratio
+        return Reading(min(1.0, self.share / ratio), self.least * ratio, most)
+
+
+@dataclass(frozen=True, slots=True)
 class WeightOnly:
     """Products with weights of fewer bits than are multiplied, against plain ones.
 
-    `memory`, `compute`: their shares of peak over the plain product's; `few`: that of memory below `FEW_ROWS` rows,
-    where engines have kernels of their own. `extra_s`: more time for each product.
+    `many`: of kernels for many rows; `few`: of matrix-vector kernels, which take as long up to `few_rows` rows and in
+    proportion to them beyond; the faster one is taken. `compute`: share of peak over the plain product's. `extra_s`:
+    more time for each product.
     """
 
-    memory: float = 1.0
-    few: float = 1.0
+    many: Reading = Reading()
+    few: Reading = Reading()
+    few_rows: int = 2
     compute: float = 1.0
     extra_s: float = 0.0
 
+    def of(self, bits: float, width: int, rows: float) -> tuple[float, float, float]:
+        """Bytes of reading a weight, share of arithmetic, more seconds. `width`: of what is multiplied.
 
-FEW_ROWS = 4  # below: matrix-vector kernels (TensorRT-LLM's tables change between 2 and 4 rows)
+        Kernels were measured up to half of it: beyond, all goes in straight lines to the plain product.
+        """
+        plain = max(0.0, 2 * bits / width - 1)
+        known = min(bits, width / 2)
+        each = min(self.many.bytes_each(known), self.few.bytes_each(known) * max(1.0, rows / self.few_rows))
+        return (
+            each + plain * (width / 8 - each),
+            self.compute + plain * (1 - self.compute),
+            self.extra_s * (1 - plain),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +127,8 @@ class Efficiency:
     others' prompts a decoded token waits for; `queue`: how much of them a prompt waits for; `first_s`: of a request
     before its prompt can run (HTTP, tokenizing). `ahead`: of an output's cache, the share that a running request holds.
     `spread`, `routed_spread`: standard deviation of the log of a time predicted with these, for models without and with
-    experts. `known`: measured (on this very card), borrowed (from cards of its group) or assumed. `products`: where
-    they are, linears take what these say.
+    experts. `known`: measured (this engine on this very card), borrowed (from other engines or cards of its group) or
+    assumed. `products`: where they are, linears take what these say.
     """
 
     compute: float = 1.0
@@ -145,15 +180,63 @@ def prior(hardware: Hardware, engine: str = "any") -> Efficiency:
         **engines[engine],
         **shipped["both"].get(group, {}).get(engine, {}),
     }
-    measured, related = values.pop("measured_on", []), values.pop("related", [])
-    values["weight_only"] = WeightOnly(**values["weight_only"])
+    mine, related = values.pop("measured_on"), values.pop("related", None)
+    values["weight_only"] = _unpacking_on(
+        hardware, read_weight_only(values["weight_only"]), values.pop("unpacks_as", "")
+    )
     values["source"] = f"prior of {group} x {engine}: {values['source']}"
-    values["known"] = "assumed" if not measured else "measured" if hardware.name in measured else "borrowed"
-    if values["known"] == "borrowed":
-        more = shipped["borrowed"]["related" if hardware.name in related else "others"]
-        values |= {name: math.hypot(values[name], more) for name in ("spread", "routed_spread")}
-        values["source"] += f"; {hardware.name} itself was not measured, so the spread is {values['spread']:.2g}"
+    values["known"] = "assumed"
+    if related is not None:
+        more, why = _borrowed(hardware, engine, mine, related)
+        values["known"] = "borrowed" if why else "measured"
+        if why:
+            values |= {name: math.hypot(values[name], *more) for name in ("spread", "routed_spread")}
+            values["source"] += f"; {' and '.join(why)}, so the spread is {values['spread']:.2g}"
     return replace(IDEAL, **values)
+
+
+def _borrowed(hardware: Hardware, engine: str, mine: list[str], related: list[str]) -> tuple[list[float], list[str]]:
+    """Errors that others' numbers add, and why. `mine`: cards that the engine was measured on."""
+    shipped, own = _priors(), _is_shipped(hardware)
+    errors = shipped["borrowed"]
+    by_any = own and hardware.name in shipped["engines"]["any"]["measured_on"]
+    more, why = [], []
+    if not by_any:
+        more.append(errors["related" if own and hardware.name in related else "others"])
+        why.append(f"{hardware.name} {'itself was not measured' if own else 'as given is no shipped card'}")
+    if hardware.name not in mine if by_any else not mine:
+        more.append(errors["engines"])
+        why.append(f"no server of {engine} was measured" + (f" on {hardware.name}" if mine else ""))
+    return more, why
+
+
+def _unpacking_on(hardware: Hardware, low: WeightOnly, card: str) -> WeightOnly:
+    """Of kernels measured on `card`: the lanes that unpack are those of FP32, whatever the memory feeds them."""
+    if not card or "fp32" not in hardware.flops:
+        return low
+    there, here = (one.main_memory.bytes_per_s / one.flops["fp32"] for one in (_cards()[card], hardware))
+    ratio = here / there
+    return replace(low, many=low.many.scaled(ratio), few=low.few.scaled(ratio))
+
+
+def _is_shipped(hardware: Hardware) -> bool:
+    """Whether it is the card that is shipped under its name, and not one of other speed."""
+    known = _cards().get(hardware.name)
+    return known is not None and (known.flops, known.memory, known.links) == (
+        hardware.flops,
+        hardware.memory,
+        hardware.links,
+    )
+
+
+def read_weight_only(found: Mapping[str, Any]) -> WeightOnly:
+    """Raises: TypeError, ValueError for what `WeightOnly` is not"""
+    readings = {name: Reading(**found.get(name, {})) for name in ("many", "few")}
+    made = WeightOnly(**{**found, **readings})
+    numbers = [made.few_rows, made.compute, *(one.share for one in readings.values())]
+    if not all(0 < value < math.inf for value in numbers) or not 0 <= made.extra_s < 1:
+        raise ValueError(f"weight_only {found}: expected numbers above 0")
+    return made
 
 
 def group_of(hardware: Hardware) -> str:
@@ -161,6 +244,11 @@ def group_of(hardware: Hardware) -> str:
     if hardware.kind != "gpu":
         return hardware.kind
     return "gpu-fp4" if "fp4" in hardware.flops else "gpu-fp8" if "fp8" in hardware.flops else "gpu-16bit"
+
+
+@functools.cache
+def _cards() -> dict[str, Hardware]:
+    return {card.name: card for card in map(read_hardware, cards())}
 
 
 @functools.cache

@@ -32,8 +32,8 @@ class Estimate:
 
     None: the card has no price or power, or no carbon intensity was given. `running`: clients that fit in memory at
     once. `binding`: what decoding, prefill and the first token are limited by, and the share of the time that it takes.
-    `price`: of one device. `source`, `known`: of the efficiencies, which are calibrated, or the prior's (measured on
-    this card, borrowed from others of its group, assumed); `card`: how the weakest figure of the card is known.
+    `price`: of one device. `source`, `known`: of the efficiencies, which are calibrated, partly calibrated (the source
+    says what is not), or the prior's (measured, borrowed, assumed); `card`: how its weakest figure is known.
     """
 
     model: str
@@ -80,9 +80,11 @@ def estimate(
     `price`: a kind of the card's prices, or $/h of one device. `offload`: weights that do not fit are streamed.
     Raises: SourceError for what is impossible, with the arithmetic and the nearest that is possible
     """
-    known = _efficiencies(model, hardware, engine, calibration)
+    known = efficiencies(model, hardware, engine, calibration, parallel)
     efficiency = known.efficiency
-    placement = _place(model, hardware, parallel, prompt + output, concurrency, efficiency) if offload else None
+    placement = None
+    if offload:
+        placement = place(model, hardware, parallel, prompt + output, concurrency / parallel.dp, efficiency)
     service = compile_service(
         model,
         hardware,
@@ -112,7 +114,7 @@ def estimate(
         engine=engine,
         parallel=parallel,
         concurrency=concurrency,
-        running=service.running * parallel.dp,
+        running=min(concurrency, service.running * parallel.dp),
         prompt=prompt,
         output=output,
         ttft_s=ttft,
@@ -129,9 +131,34 @@ def estimate(
         },
         price=paid,
         source=efficiency.source,
-        known="calibrated" if calibration else efficiency.known,
+        known=efficiency.known,
         card=weakest(hardware),
     )
+
+
+def efficiencies(
+    model: Model, hardware: Hardware, engine: str, calibration: Calibration | None, parallel: Parallel = SINGLE
+) -> Fit:
+    """What holds for a deployment: of what was never measured, the calibration is no surer than the prior.
+
+    Raises: SourceError for a calibration of another card or engine
+    """
+    before = prior(hardware, engine).of(model)
+    if calibration is None:
+        return Fit(before, ())
+    if (calibration.hardware, calibration.engine) != (hardware.name, engine):
+        raise SourceError(
+            f"a calibration of {calibration.hardware} x {calibration.engine} arrived for {hardware.name} x {engine}: "
+            "pass the one that was measured there"
+        )
+    found = calibration.of(model)
+    lacks = found.seen.lacks(model, hardware, parallel) if found.seen else []
+    efficiency = replace(found.efficiency, known="calibrated")
+    if lacks:
+        spread = max(before.spread, efficiency.spread)
+        source = f"{efficiency.source}; none of them of {' or '.join(lacks)}, so the spread is {spread:.2g}"
+        efficiency = replace(efficiency, known="partly calibrated", spread=spread, source=source)
+    return replace(found, efficiency=efficiency)
 
 
 class Point(NamedTuple):
@@ -165,7 +192,7 @@ def roofline(
     calibration: Calibration | None = None,
 ) -> Roofline:
     """Where the operators of a decoding step and of one prompt lie. Raises: SourceError"""
-    efficiency = _efficiencies(model, hardware, engine, calibration).efficiency
+    efficiency = efficiencies(model, hardware, engine, calibration, parallel).efficiency
     cost = Cost(model, hardware, parallel, efficiency)
     flops, bandwidth = cost.peak(16, 16)[0], hardware.main_memory.bytes_per_s
     steps = (Step(decodes=(prompt,) * concurrency), Step(chunks=((prompt, 0),)))
@@ -174,24 +201,26 @@ def roofline(
 
 
 # --- parts
-def _efficiencies(model: Model, hardware: Hardware, engine: str, calibration: Calibration | None) -> Fit:
-    if calibration is None:
-        return Fit(prior(hardware, engine).of(model), ())
-    if (calibration.hardware, calibration.engine) != (hardware.name, engine):
-        raise SourceError(
-            f"a calibration of {calibration.hardware} x {calibration.engine} arrived for {hardware.name} x {engine}: "
-            "pass the one that was measured there"
-        )
-    return calibration.of(model)
+def place(
+    model: Model,
+    hardware: Hardware,
+    parallel: Parallel,
+    context: int,
+    sequences: float,
+    efficiency: Efficiency,
+    rung: Model | None = None,
+) -> Placement | None:
+    """Pins what the caches of a group's `sequences` leave free; they get at most half of the room, unless one needs
+    more. None: all weights fit beside a cache. `rung`: whose weights a step reads (None: the model's).
 
-
-def _place(
-    model: Model, hardware: Hardware, parallel: Parallel, context: int, concurrency: int, efficiency: Efficiency
-) -> Placement:
-    """Pins what the clients' caches leave free; they get at most half of the room, unless one alone needs more."""
+    Raises: SourceError
+    """
+    if fit(model, hardware, parallel, context=context).sequences:
+        return None
     bare = fit(model, hardware, parallel, context=context, pinned_bytes=0.0)
-    caches = min(bare.cache_bytes * concurrency / parallel.dp, max(bare.cache_bytes, bare.room_bytes / 2))
-    return pin_and_stream(device_weights(model, parallel), bare.room_bytes - caches, hardware, efficiency.memory)
+    caches = min(bare.cache_bytes * max(1.0, sequences), max(bare.cache_bytes, bare.room_bytes / 2))
+    weights = device_weights(rung or model, parallel)
+    return pin_and_stream(weights, bare.room_bytes - caches, hardware, efficiency.memory)
 
 
 def _gain(
@@ -203,14 +232,15 @@ def _gain(
     speculation: Speculation,
 ) -> float:
     """The draft reads fewer planes of the same weights; verification multiplies all drafts with all planes."""
-    step = Step(decodes=(service.prompt + service.output // 2,) * service.batch)
-    rows = speculation.drafts + 1
+    batch, rows = max(1, round(service.batch)), speculation.drafts + 1
+    step = Step(decodes=(service.prompt + service.output // 2,) * batch)
     verify = Step(chunks=tuple((rows, past) for past in step.decodes))
-    plain_s = service.steps(efficiency)[0].total_s
     draft = Cost(with_bits(model, speculation.draft_bits), hardware, parallel, efficiency)
     full = Cost(model, hardware, parallel, efficiency)
-    works = full.works(verify, sampled=rows * service.batch)
-    verify_s = times(works, efficiency, full.layers, service.batch, service.stream_s).total_s
+    plain_s, verify_s = (
+        times(works, efficiency, full.layers, batch, service.stream_s).total_s
+        for works in (full.works(step), full.works(verify, sampled=rows * batch))
+    )
     return speculation.gain(draft.seconds(step) / plain_s, verify_s / plain_s)
 
 

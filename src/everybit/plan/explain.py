@@ -78,10 +78,9 @@ def explain(
 def _alternatives(
     model: Model, hardware: Hardware, parallel: Parallel, others: Sequence[Hardware]
 ) -> Iterator[tuple[str, Model, Hardware, Parallel]]:
-    yield f"tp {parallel.tp * 2}", model, hardware, replace(parallel, tp=parallel.tp * 2)
-    if parallel.tp % 2 == 0:
-        with contextlib.suppress(SourceError):  # experts may not spread so
-            yield f"tp {parallel.tp // 2}", model, hardware, replace(parallel, tp=parallel.tp // 2)
+    for name, now in (("tp", parallel.tp), ("pp", parallel.pp), ("dp", parallel.dp)):
+        for devices in (now * 2, *([now // 2] if now % 2 == 0 else [])):
+            yield f"{name} {devices}", model, hardware, replace(parallel, **{name: devices})
     widest = max((linear.bits for layer in model.layers for linear in layer.linears), default=0.0)
     for bits in _FEWER_BITS:
         if bits < widest:

@@ -27,6 +27,11 @@ def shown(name: str) -> str:
     return name if name.isidentifier() else show(name)
 
 
+def printable(text: str) -> str:
+    """A name or a path as it stands, or escaped where it would command the terminal."""
+    return text if text.isprintable() else show(text)
+
+
 class Fields:
     """One config object; a field that is null is absent. `where` names it in errors.
 

@@ -29,6 +29,8 @@ from everybit.plan.finetune_memory import (
 from everybit.plan.finetune_moe import MoeLaw, sparsity_of
 from everybit.plan.operators import Model
 
+_MOST_TOKENS = 1e15
+
 
 @dataclass(frozen=True, slots=True)
 class Devices:
@@ -88,8 +90,10 @@ def finetune(model: Model, recipe: Recipe, devices: Devices, tokens: float, law:
         raise SourceError("a law of measured runs is of whole states on one device: leave out ZeRO and offload")
     found = _fit(model, recipe, devices, law)
     if not found.fits:
-        others = [replace(recipe, batch=1)] if law else _others(recipe, devices)
-        return replace(found, nearest=next((one for one in others if _fit(model, one, devices, law).fits), None))
+        others = [replace(recipe, batch=None)] if law else _others(recipe, devices)
+        fitted = ((one, _fit(model, one, devices, law)) for one in others)
+        nearest = next((replace(one, batch=recipe.batch and its.batch) for one, its in fitted if its.fits), None)
+        return replace(found, nearest=nearest)
     network_s = _network_s(model, recipe, devices, found.trained)
     step_s, bound = _step_s(model, recipe, devices, found, network_s, law)
     step_tokens = found.batch * recipe.accumulate * recipe.sequence * devices.count
@@ -131,11 +135,11 @@ def _fit(model: Model, recipe: Recipe, devices: Devices, law: MoeLaw | None) -> 
 
 
 def _others(recipe: Recipe, devices: Devices) -> Iterator[Recipe]:
-    """The same and lighter methods, each with ever more recomputation and sharing, then with a batch of 1."""
+    """The same and lighter methods, each with ever more recomputation and sharing, then with the batch that fits."""
     methods = METHODS[METHODS.index(recipe.method) :]
     recomputes = RECOMPUTES[RECOMPUTES.index(recipe.recompute) :]
     stages = range(recipe.zero, 4) if devices.count > 1 else [recipe.zero]
-    batches = [recipe.batch, 1] if recipe.batch else [None]
+    batches = [recipe.batch, None] if recipe.batch else [None]
     for method, batch, zero, recompute in itertools.product(methods, batches, stages, recomputes):
         bits = recipe.base_bits if method == recipe.method else None
         yield replace(recipe, method=method, batch=batch, zero=zero, recompute=recompute, base_bits=bits)
@@ -243,6 +247,10 @@ def _check(model: Model, recipe: Recipe, devices: Devices, tokens: float) -> Non
     for what, number in numbers:
         if number is not None and not (math.isfinite(number) and number > 0):
             raise SourceError(f"{what} is {number}: give more than 0")
+    if tokens > _MOST_TOKENS:
+        raise SourceError(f"tokens is {tokens:g}: give at most {_MOST_TOKENS:g}")
+    if recipe.sequence > model.context:
+        raise SourceError(f"sequence is {recipe.sequence}: give at most {model.context}, the context of '{model.name}'")
     if recipe.base_bits is not None and recipe.base_bits > 64:
         raise SourceError(f"base_bits is {recipe.base_bits}: give at most 64")
     for what in ("network_latency_s", "reserve_bytes", "usd_per_h", "power_w", "gco2_per_kwh"):

@@ -52,7 +52,8 @@ class Recipe:
     offload: Offload | None = None
 
     def __str__(self) -> str:
-        return f"{self.method}, ZeRO {self.zero}, recompute {self.recompute}"
+        batch = "" if self.batch is None else f", batch {self.batch}"
+        return f"{self.method}, ZeRO {self.zero}, recompute {self.recompute}{batch}"
 
 
 @dataclass(frozen=True, slots=True)

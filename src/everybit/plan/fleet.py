@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.special import bdtrc
 
 from everybit.errors import SourceError
+from everybit.formats.tensors import show
 from everybit.plan.fleet_inputs import Bucket, Limits, ReplicaType, check
 from everybit.plan.fleet_milp import Allocation, FleetProblem
 
@@ -91,7 +93,7 @@ def plan_fleet(
     check(demand, types, limits)
     kinds = sorted({one.hardware for one in types})
     if unknown := [kind for kind in limits.quotas if kind not in kinds]:
-        raise SourceError(f"a quota of '{unknown[0]}', which no type has: the types have {', '.join(kinds)}")
+        raise SourceError(f"a quota of {show(unknown[0])}, which no type has: the types have {', '.join(kinds)}")
     if not 0 < tighten < 1 or rounds < 1 or (slices is not None and slices < 1) or limit_s <= 0:
         raise SourceError(
             f"tighten {tighten}, rounds {rounds}, slices {slices}, limit_s {limit_s}: give a part of 1, and more than 0"
@@ -247,8 +249,4 @@ def _fleet(types: Sequence[ReplicaType], limits: Limits, problem: FleetProblem, 
 def _more_gone(one: ReplicaType, count: int, limits: Limits) -> float:
     """Binomial: each is gone a part of the time that its interruptions and recoveries make up."""
     lost = one.interruptions_per_h * one.recovery_s / 3600
-    gone = lost / (1 + lost)
-    kept = sum(
-        math.comb(count, k) * gone**k * (1 - gone) ** (count - k) for k in range(min(count, limits.spot_losses) + 1)
-    )
-    return max(0.0, 1 - kept)
+    return float(bdtrc(min(count, limits.spot_losses), count, lost / (1 + lost)))

@@ -6,7 +6,10 @@ share that is asked for, so that 1 or more is kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+
+from scipy.special import gammaln, pdtr, xlogy
 
 from everybit.batching.fluidity import Target
 from everybit.errors import SourceError
@@ -20,6 +23,7 @@ from everybit.plan.simulate.run import simulate
 
 REQUESTS = 400  # simulated of each type
 _WARMUP = 0.2  # of them, while the deployment fills
+_REPLICAS = 4  # simulated of each type, with their part of the demand: more would not fill, and fewer queue more
 
 
 def queued(
@@ -29,7 +33,8 @@ def queued(
 
     In time is who finds a place. That is cautious: fewer clients are served faster, and of many a request is as slow
     as all of its tokens. Simulated (8B, 95 %), one replica of 13 and 16 places held loads of 0.6 and 0.8 where 0.58 and
-    0.61 are allowed here, four replicas 0.9 where 0.77 and 0.79 are. Types with rates of their own are not judged.
+    0.61 are allowed here, four replicas 0.9 where 0.77 and 0.79 are. Neither fluidity nor types with rates of their own
+    are judged.
     """
     by_name = {one.type.name: one for one in found}
     asked = min(slo.share, 1 - 1 / REQUESTS)  # a queue is never empty for sure
@@ -48,12 +53,12 @@ def queued(
 
 
 def _waiting(places: int, load: float) -> float:
-    """The share that finds all places taken; `load`: of a place, below 1."""
+    """The share that finds all places taken; `load`: of a place. Erlang B is a Poisson variable's chance of `places`
+    over that of no more, so millions of places take no loop."""
     if load >= 1:
         return 1.0
-    blocked = 1.0
-    for i in range(1, places + 1):
-        blocked = places * load * blocked / (i + places * load * blocked)
+    mean = places * load
+    blocked = math.exp(xlogy(places, mean) - mean - gammaln(places + 1)) / float(pdtr(places, mean))
     return blocked / (1 - load * (1 - blocked))
 
 
@@ -74,9 +79,11 @@ def simulated(
         if not lengths:  # it is there for others' spares
             return slo.share
         deployment = Deployment({0: one.model}, one.card, one.split, one.efficiency, scheduler)
-        requests = draw(sum(rates), REQUESTS, lengths)
+        working = _working(fleet, one, spot_losses)
+        replicas = min(working, _REPLICAS)
+        requests = draw(sum(rates) * replicas / working, REQUESTS, lengths)
         context = max(prompt + output for prompt, output in lengths)
-        pool = deployment.pool(_working(fleet, one, spot_losses), context, target, "shortest-queue")
+        pool = deployment.pool(replicas, context, target, "shortest-queue")
         begin_s = requests[round(_WARMUP * REQUESTS)].at_s
         return float(measure(simulate(requests, pool), target, slo, begin_s=begin_s)["goodput"]["share"])
 

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from everybit.errors import SourceError
+from everybit.formats.tensors import show
 
 _QUOTA = "quota "  # names the quota of one hardware kind: "quota h100"
 _MOST_INTERRUPTIONS = 10  # an hour, as of cards
+_MOST_REPLICAS = 1_000_000  # of more the solver's tolerances are whole replicas
+_SLOWEST = 1e-9  # of a demand: the part that a replica must be able to serve
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +132,37 @@ def check(demand: Sequence[Bucket], types: Sequence[ReplicaType], limits: Limits
     names = [one.name for one in types]
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
-        raise SourceError(f"two replica types are called '{double}': names must differ")
+        raise SourceError(f"two replica types are called {show(double)}: names must differ")
     if limits.oversubscribed and all(one.capped_w is None for one in types):
         raise SourceError("oversubscribed counts capped_w instead of peaks, but no replica type has one: leave it out")
     for one in types:
         _check_type(one, len(demand))
     _check_limits(limits)
+    _check_sizes(demand, types, limits)
+
+
+def _check_sizes(demand: Sequence[Bucket], types: Sequence[ReplicaType], limits: Limits) -> None:
+    least = 0.0
+    for place, bucket in enumerate(demand):
+        rates = {one.name: one.rates[place] for one in types if one.rates[place]}
+        if slow := [name for name, rate in rates.items() if rate < _SLOWEST * bucket.requests_per_s]:
+            raise SourceError(
+                f"'{slow[0]}' serves {rates[slow[0]]:g} of {bucket.requests_per_s:g} requests/s of '{bucket.name}', "
+                f"less than a part of {_SLOWEST:g}: give a rate of 0 where it cannot serve"
+            )
+        least += bucket.requests_per_s / max(rates.values(), default=math.inf)
+    if least > _MOST_REPLICAS * limits.utilisation:
+        raise SourceError(
+            f"the demand takes {least / limits.utilisation:.3g} replicas or more, expected at most {_MOST_REPLICAS:,}: "
+            "plan a part of it"
+        )
 
 
 def _check_type(one: ReplicaType, buckets: int) -> None:
+    if bad := [text for text in (one.name, one.hardware) if not (text and text.isprintable())]:
+        raise SourceError(
+            f"a replica type with the name or hardware {show(bad[0])}: expected a text that can be printed"
+        )
     if len(one.rates) != buckets:
         raise SourceError(f"'{one.name}' has {len(one.rates)} rates for {buckets} buckets: give one a bucket")
     if one.devices < 1:
@@ -176,7 +201,7 @@ def _check_limits(limits: Limits) -> None:
             raise SourceError(f"{what} is {value}: give 0 or more")
     for kind, most in limits.quotas.items():
         if most < 0:
-            raise SourceError(f"the quota of {kind} is {most}: give 0 devices or more")
+            raise SourceError(f"the quota of {show(kind)} is {most}: give 0 devices or more")
     for what in ("least_quality", "mean_quality"):
         value = getattr(limits, what)
         if value is not None and not math.isfinite(value):

@@ -24,6 +24,8 @@ from everybit.plan.fleet_inputs import Bucket, Limits, ReplicaType
 
 _INFEASIBLE = 2  # scipy's status
 _GAP = 1e-4  # of the bill, between the plan and the bound
+_TINY = 1e-3  # replicas: of less the solver's tolerances may make none
+_NONE = 1e-5  # replicas: less only disturbs the solver
 
 
 @contextmanager
@@ -68,7 +70,7 @@ class FleetProblem:
     ) -> None:
         self.limits, self.slices = limits, slices
         self.rate = np.array([bucket.requests_per_s for bucket in demand])
-        rates = np.array([one.rates for one in types]).T
+        rates = np.array([one.rates for one in types], dtype=float).T
         floor = -math.inf if limits.least_quality is None else limits.least_quality
         used = np.array([one.quality >= floor for one in types])
         self.can = (rates > 0) & used
@@ -96,6 +98,7 @@ class FleetProblem:
             return None
         cells = buckets * kinds
         most = np.ceil(self.load.sum(0) / self.limits.utilisation - 1e-9)  # a type that serves all that it can
+        most = np.maximum(most, self.can.any(0))
         upper = np.concatenate([self.can.ravel() * float(self.slices or 1), most, np.ones(kinds), [np.inf]])
         whole = np.concatenate([np.full(cells, self.slices is not None), np.ones(2 * kinds), [False]]).astype(int)
         cost = np.concatenate([self.load_cost.ravel() / (self.slices or 1), self.cost, self.cost * self.spare, [0.0]])
@@ -158,7 +161,8 @@ class FleetProblem:
         """[types, cells]: what a bucket's share takes of a type."""
         buckets, kinds = self.can.shape
         places = np.arange(buckets * kinds)
-        return sparse.csr_array((self.load.ravel() / scale, (places % kinds, places)), (kinds, buckets * kinds))
+        load = np.where(self.load < _NONE, 0.0, self.load).ravel() / scale
+        return sparse.csr_array((load, (places % kinds, places)), (kinds, buckets * kinds))
 
     def _sums(self) -> Any:
         """[buckets, cells]: the shares of a bucket."""
@@ -173,6 +177,12 @@ class FleetProblem:
         whole = sparse.hstack([self._sums(), sparse.csr_array((buckets, 2 * kinds + 1))])
         busy = sparse.hstack([self._loads(scale), -self.limits.utilisation * eye, none, end])
         found = [LinearConstraint(whole, scale, scale), LinearConstraint(busy, -np.inf, 0)]
+        tiny = np.flatnonzero(self.can & (self.load < _TINY))
+        if tiny.size:  # whoever serves a part of such a bucket has a replica
+            parts = sparse.eye_array(cells, format="csr")[tiny]
+            theirs = sparse.kron(np.ones((buckets, 1)), eye, format="csr")[tiny]
+            rest = sparse.csr_array((tiny.size, kinds + 1))
+            found.append(LinearConstraint(sparse.hstack([parts, -scale * theirs, rest]), -np.inf, 0))
         tied = self.missing | (self.spare > 0)
         if tied.any():
             some = sparse.diags_array(tied.astype(float))

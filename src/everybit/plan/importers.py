@@ -142,7 +142,6 @@ def _silicon(row: Row) -> Sample | str:
         _whole(row, "tp_size"),
         _whole(row, "pp_size"),
         _whole(row, "attention_dp_size", 1),
-        _whole(row, "moe_ep_size", 1) if any(layer.experts for layer in model.layers) else 1,
     )
     return Sample(
         model,

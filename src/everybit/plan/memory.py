@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from everybit.errors import SourceError
-from everybit.plan.cost import SINGLE, Parallel
+from everybit.plan.cost import SINGLE, Cost, Parallel
 from everybit.plan.hardware import Hardware
 from everybit.plan.operators import Linear, Model
 
@@ -136,7 +136,8 @@ def _nearest(model: Model, hardware: Hardware, parallel: Parallel, found: Fit) -
     while wider.devices * 2 <= hardware.devices_per_node:
         wider = replace(wider, tp=wider.tp * 2)
         need = device_weights(model, wider) + device_cache(model, wider, found.context) + found.reserve_bytes
-        if need + activation_bytes(model, wider, min(found.context, _CHUNK)) <= found.capacity_bytes:
+        fits = need + activation_bytes(model, wider, min(found.context, _CHUNK)) <= found.capacity_bytes
+        if fits and _can_split(model, hardware, wider):
             options.append(f"tp {wider.tp}")
             break
     bits = 8 * model.weight_bytes / model.parameters
@@ -144,3 +145,11 @@ def _nearest(model: Model, hardware: Hardware, parallel: Parallel, found: Fit) -
     if room > 0 and (fewer := bits * room / found.weight_bytes) >= 1:
         options.append(f"{fewer:.1f} bits a weight instead of {bits:.1f}")
     return options
+
+
+def _can_split(model: Model, hardware: Hardware, parallel: Parallel) -> bool:
+    try:
+        Cost(model, hardware, parallel)
+    except SourceError:
+        return False
+    return True

@@ -16,7 +16,7 @@ from everybit.formats.files import read_inside
 from everybit.formats.jsontext import parse_object
 from everybit.formats.tensors import show
 from everybit.plan.families import ENCODERS, T5, BitsOf, hidden_size, read_layers
-from everybit.plan.fields import LONGEST, Fields, shown
+from everybit.plan.fields import LONGEST, Fields, printable, shown
 from everybit.plan.operators import Layer, Linear, Model
 from everybit.plan.overlays import OverlayBits
 from everybit.plan.stored import Scheme, WeightBits, asked_bits, check_width, read_scheme
@@ -177,15 +177,18 @@ def _load(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Mapping[s
     path = Path(source)
     if path.is_dir() or path.is_file():
         folder, file = (path, "config.json") if path.is_dir() else (path.parent, path.name)
+        where = printable(str(folder / file))
         if not (folder / file).is_file():
-            raise SourceError(f"{folder} has no config.json, expected a model folder: download the model again")
-        config = dict(parse_object(read_inside(folder, file), str(folder / file)))
+            raise SourceError(
+                f"{printable(str(folder))} has no config.json, expected a model folder: download the model again"
+            )
+        config = dict(parse_object(read_inside(folder, file), where))
         beside = folder / "hf_quant_config.json"  # NVIDIA's checkpoints say it in a file of their own
         if "quantization_config" not in config and beside.is_file():
-            config["quantization_config"] = parse_object(read_inside(folder, beside.name), str(beside)).get(
+            config["quantization_config"] = parse_object(read_inside(folder, beside.name), printable(str(beside))).get(
                 "quantization"
             )
-        return config, str(folder / file), folder.resolve().name, folder if file == "config.json" else None
+        return config, where, printable(folder.resolve().name), folder if file == "config.json" else None
     name = _offline_name(str(source))
     return _offline_config(name), name, name, None
 

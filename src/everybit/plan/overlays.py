@@ -13,6 +13,7 @@ from everybit.formats.files import read_inside
 from everybit.formats.jsontext import parse_object
 from everybit.formats.tensors import show
 from everybit.formats.weights import require_bits
+from everybit.plan.fields import printable
 
 Place = tuple[str, int | None]  # name of the linear, layer (None: outside)
 
@@ -126,11 +127,12 @@ def _plan(overlay: Overlay, path: Path) -> dict[str, int]:
             f"weight_bits {show(str(path))} arrived for an overlay, expected one of its bits "
             f"{', '.join(map(str, overlay.bits))} or a plan file of everybit allocate: pass one"
         )
-    found = parse_object(read_inside(path.parent, path.name), str(path), "run everybit allocate again").get("bits")
+    where = printable(str(path))
+    found = parse_object(read_inside(path.parent, path.name), where, "run everybit allocate again").get("bits")
     if not isinstance(found, dict) or set(found) != set(overlay.weights):
         raise SourceError(
-            f"{path} does not name the {len(overlay.weights)} quantized weights of {overlay.folder}, expected its own "
-            "plan: run everybit allocate on this overlay"
+            f"{where} does not name the {len(overlay.weights)} quantized weights of "
+            f"{printable(str(overlay.folder))}, expected its own plan: run everybit allocate on this overlay"
         )
     for name, bits in found.items():
         require_bits(bits, overlay.weights[name].bits, f"weight {show(name)}")

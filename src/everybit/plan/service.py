@@ -24,6 +24,7 @@ from everybit.plan.operators import Model
 from everybit.plan.step import Step
 
 MOST_TOKENS = 1 << 24
+_MIXED = ("compute_s", "memory_s", "rows", "weights", "byte_s")
 
 
 class Latency(NamedTuple):
@@ -37,14 +38,14 @@ class Latency(NamedTuple):
 @dataclass(frozen=True)
 class Service:
     """Compiled once, so that a fit can try many efficiencies. Of one data-parallel group: `clients`, of which
-    `running` fit in memory; `decode` and `prefill`: their operators, `batch` sequences a decoding step."""
+    `running` fit in memory; `decode` and `prefill`: their operators, `batch` sequences a decoding step, in the mean."""
 
     parallel: Parallel
     prompt: int
     output: int
     clients: float
     running: float
-    batch: int
+    batch: float
     layers: int
     decode: tuple[Work, ...]
     prefill: tuple[Work, ...]
@@ -118,7 +119,7 @@ def compile_service(
     most = room.room_bytes / kept if kept else float(room.sequences)
     clients = max(1.0, concurrency / parallel.dp)
     running = min(clients, max(1.0, most))
-    batch = max(1, round(running / parallel.pp))
+    batch = max(1.0, running / parallel.pp)
     return Service(
         parallel,
         prompt,
@@ -127,7 +128,22 @@ def compile_service(
         running,
         batch,
         cost.layers,
-        tuple(cost.works(Step(decodes=(prompt + output // 2,) * batch))),
+        _decode(cost, prompt + output // 2, batch),
         tuple(cost.works(Step(chunks=((prompt, 0),)))),
         stream_s,
     )
+
+
+def _decode(cost: Cost, past: int, batch: float) -> tuple[Work, ...]:
+    """The operators of a decoding step of `batch` sequences; between two whole batches their work is, too."""
+    low, share = int(batch), batch % 1
+    works = cost.works(Step(decodes=(past,) * low))
+    if not share:
+        return tuple(works)
+    more = cost.works(Step(decodes=(past,) * (low + 1)))
+    return tuple(_between(*pair, share) for pair in zip(works, more, strict=True))
+
+
+def _between(one: Work, more: Work, share: float) -> Work:
+    mixed = {name: (1 - share) * getattr(one, name) + share * getattr(more, name) for name in _MIXED}
+    return one._replace(**mixed)

@@ -16,8 +16,8 @@ class Speculation:
     draft_bits: float
 
     def __post_init__(self) -> None:
-        if not 1 <= self.drafts <= 64 or not 0 <= self.acceptance <= 1 or not 0 < self.draft_bits <= 32:
-            raise SourceError(f"{self}: expected 1 to 64 drafts, an acceptance from 0 to 1, and bits: fix it")
+        if not 1 <= self.drafts <= 64 or not 0 <= self.acceptance <= 1 or not 1 <= self.draft_bits <= 32:
+            raise SourceError(f"{self}: expected 1 to 64 drafts, an acceptance from 0 to 1, and 1 to 32 bits: fix it")
 
     @property
     def tokens(self) -> float:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from everybit.errors import ModelError, SourceError
 from everybit.formats import ALL_BITS, WeightSpec
 from everybit.formats.tensors import show
+from everybit.plan.fields import WIDEST
 
 KINDS = ("attention", "mlp", "experts", "state", "router", "head", "embedding")
 # Left at 16 bits by every usual quantizer, unless somebody says otherwise.
@@ -57,7 +58,7 @@ def codebook_bits(kind: str, group: int | None = None, bits: float | None = None
             f"the weight format {show(kind)} is unknown, expected one of {', '.join([*FORMATS, *_EVERYBIT])}: pass one"
         )
     code, scale, usual = FORMATS[kind]
-    return (code if bits is None else bits) + scale / (group or usual)
+    return (code if bits is None else check_width("bits", bits)) + scale / (group or usual)
 
 
 def asked_bits(asked: WeightBits) -> Callable[[str, int], float]:
@@ -166,21 +167,44 @@ def _patterns(found: Mapping[str, Any], *names: str) -> tuple[str, ...]:
     return tuple(patterns)
 
 
-def _overhead(bits: float, group: int, scale: float, zero: float = 0.0) -> float:
-    """`group` below 1: one scale a row or tensor, too few to count."""
-    return float(bits) if group < 1 else bits + (scale + zero) / group
+def _whole(name: str, value: object, most: int) -> int:
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"{name} {show(value, 30)}, expected 1 to {most}")
+    return value
+
+
+def _width(found: Mapping[str, Any], name: str = "num_bits") -> int:
+    return _whole(name, found[name], 16)
+
+
+def _group(size: object) -> int | None:
+    """None: one scale a row or tensor, which configs say by null or -1."""
+    return None if size in (None, -1) else _whole("group_size", size, WIDEST)
+
+
+def _overhead(bits: float, group: int | None, scale: float, zero: float = 0.0) -> float:
+    """Without groups the scales are too few to count."""
+    return float(bits) if group is None else bits + (scale + zero) / group
+
+
+def _block_bits(bits: float, block: object) -> float:
+    """An f32 for each block of rows x columns."""
+    if not isinstance(block, list) or len(block) != 2:
+        raise ValueError(f"block {show(block, 40)}, expected rows and columns")
+    rows, columns = (_whole("block", one, WIDEST) for one in block)
+    return bits + 32 / (rows * columns)
 
 
 def _fp8(found: Mapping[str, Any]) -> Scheme:
     block = found.get("weight_block_size")
-    bits = 8 + 32 / (block[0] * block[1]) if block else 8.0
+    bits = 8.0 if block is None else _block_bits(8, block)
     return Scheme((Group(bits),), _patterns(found, "modules_to_not_convert", "ignored_layers"), activation_bits=8.0)
 
 
 def _gptq(found: Mapping[str, Any]) -> Scheme:
     """GPTQ and AWQ store an f16 scale and a zero point of the weights' width for each group."""
-    bits = int(found["bits"] if "bits" in found else found["w_bit"])
-    group = int(found.get("group_size", found.get("q_group_size", 128)))
+    bits = _width(found, "bits" if "bits" in found else "w_bit")
+    group = _group(found.get("group_size", found.get("q_group_size", 128)))
     stored = _overhead(bits, group, 16, bits)
     return Scheme((Group(stored),), _patterns(found, "modules_to_not_convert"), head=bool(found.get("lm_head")))
 
@@ -201,22 +225,21 @@ def _compressed_tensors(found: Mapping[str, Any]) -> Scheme:
     groups, activations = [], 16.0
     for group in found["config_groups"].values():
         weights = group["weights"]
-        bits, size = int(weights["num_bits"]), int(weights.get("group_size") or 0)
+        bits = _width(weights)
         is_float = weights.get("type") == "float"
         zero = 0 if weights.get("symmetric", True) else bits
         if weights.get("strategy") == "block":
-            rows, columns = weights["block_structure"]
-            stored = bits + 32 / (rows * columns)
+            stored = _block_bits(bits, weights["block_structure"])
         else:
-            stored = _overhead(bits, size, 8 if is_float and bits == 4 else 16, zero)
+            stored = _overhead(bits, _group(weights.get("group_size")), 8 if is_float and bits == 4 else 16, zero)
         targets = tuple(one for one in _patterns(group, "targets") if one != "Linear")
         everything = "Linear" in group.get("targets", ["Linear"])
         groups.append(Group(stored, () if everything else targets))
         if group.get("input_activations"):
-            activations = min(activations, float(group["input_activations"]["num_bits"]))
+            activations = min(activations, float(_width(group["input_activations"])))
     cache = found.get("kv_cache_scheme")
     groups.sort(key=lambda one: not one.targets)  # those that name modules come before the one of all
-    kv_bits = float(cache["num_bits"]) if cache else 16.0
+    kv_bits = float(_width(cache)) if cache else 16.0
     return Scheme(tuple(groups), _patterns(found, "ignore"), activations, kv_bits, head=True)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from everybit.errors import SourceError
+from everybit.plan.cost import WIDTHS
 from everybit.plan.hardware import Hardware
 from everybit.plan.model import read_model
 from everybit.plan.operators import Model
@@ -33,9 +34,15 @@ def read_at(
 
 
 def check_multiplied(width: object, model: Model, card: Hardware) -> None:
-    """Raises: SourceError where fp8 was asked of a card that cannot multiply it"""
+    """Raises: SourceError where fp8, or activations narrower than all it multiplies, were asked of a card"""
     if width in _FP8 and model.activation_bits == 8 and "fp8" not in card.flops:
         raise SourceError(
             f"card {card.name} multiplies no fp8: pass w8a16 (weights alone)"
             + (", or w8a8 for its int8" if "int8" in card.flops else "")
+        )
+    narrowest = min((bits for name, bits in WIDTHS if name in card.flops), default=0)
+    if model.activation_bits < min(16, narrowest):
+        raise SourceError(
+            f"card {card.name} multiplies {', '.join(card.flops)}, no {model.activation_bits:g}-bit activations: leave "
+            f"them at {min(16, narrowest)} bits, such as w4a{min(16, narrowest)}"
         )

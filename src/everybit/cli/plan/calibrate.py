@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from everybit.cli.options import positive_int
 from everybit.cli.plan.options import add_json, add_split, bits_or_format, model_of, split_of
-from everybit.errors import SourceError, reason
+from everybit.errors import OutputError, SourceError, reason
 
 if TYPE_CHECKING:
     from everybit.plan.calibrate import Calibration, Sample
@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.seed < 0:
         raise SourceError(f"--seed {args.seed}: expected 0 or more")
+    if args.output.is_dir():
+        raise OutputError(f"--output {args.output}: a folder is there, expected the name of a file: pass another")
     card = read_hardware(args.on)
     start = prior(card, args.engine)
     samples: list[Sample] = []

@@ -14,6 +14,7 @@ from everybit.cli.plan.options import (
     add_model,
     add_money,
     add_split,
+    bits_number,
     calibrations_of,
     carbon_of,
     cards_of,
@@ -31,7 +32,6 @@ from everybit.errors import SourceError
 if TYPE_CHECKING:
     from everybit.plan.estimate import Estimate
     from everybit.plan.hardware import Hardware
-    from everybit.plan.speculation import Speculation
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -51,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     group.add_argument("--offload", action="store_true", help="stream the weights that do not fit from slower memory")
     group.add_argument("--drafts", type=positive_int, metavar="N", help="speculate: tokens drafted a step")
     group.add_argument("--acceptance", type=number, metavar="X", help="chance that a draft is right")
-    group.add_argument("--draft-bits", type=number, metavar="BITS", help="that draft")
+    group.add_argument("--draft-bits", type=bits_number, metavar="BITS", help="that draft")
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -59,11 +59,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     from everybit.cli.plan.output import plain, print_json
     from everybit.plan.estimate import estimate
+    from everybit.plan.speculation import speculation_of
     from everybit.plan.widths import check_multiplied
 
     models, cards, split = models_of(args), cards_of(args), split_of(args)
     calibrations = calibrations_of(args, cards)
-    price, (carbon, pue), speculation = price_of(args.price), carbon_of(args), _speculation(args)
+    price, (carbon, pue), speculation = (
+        price_of(args.price),
+        carbon_of(args),
+        speculation_of(args.drafts, args.acceptance, args.draft_bits),
+    )
     done: list[tuple[str, Estimate]] = []
     failed: list[tuple[Hardware, str, str]] = []
     for card in cards:
@@ -103,15 +108,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n".join([*_text(args, done, failed), *prices, f"widths: {tell_formats(models)}"]))
     return 0
-
-
-def _speculation(args: argparse.Namespace) -> Speculation | None:
-    from everybit.plan.speculation import Speculation
-
-    given = (args.drafts, args.acceptance, args.draft_bits)
-    if None in given and any(one is not None for one in given):
-        raise SourceError("--drafts, --acceptance and --draft-bits belong together: give all three")
-    return None if args.drafts is None else Speculation(*given)
 
 
 def _text(

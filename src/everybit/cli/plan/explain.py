@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if "all" in args.on:
         raise SourceError("--on all: explain is of one card, the first --on; name it, then its alternatives")
     (width, model), (card, *others) = one_width(args), cards_of(args)
-    for one in (card, *others):
-        check_multiplied(width, model, one)
+    check_multiplied(width, model, card)
+    others, left_out = _can_have(width, model, others)
     carbon, pue = carbon_of(args)
     calibrations = calibrations_of(args, [card, *others])
     options: dict[str, Any] = {**load_of(args), "price": price_of(args.price), "g_per_kwh": carbon, "pue": pue}
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         calibrations=calibrations,
         **options,
     )
-    lines += [tell_price(args.price, one) for one in (card, *others)]
+    lines += [*left_out, *(tell_price(args.price, one) for one in (card, *others))]
     lines.append(f"width: {tell_formats({width: model})}")
     if args.json:
         print_json({"lines": lines, "estimate": plain(estimate(model, card, parallel=split, **own))})
@@ -89,12 +89,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _can_have(width: str, model: Model, cards: list[Hardware]) -> tuple[list[Hardware], list[str]]:
+    """Which alternatives can multiply the width, and a line for each that cannot."""
+    from everybit.plan.widths import check_multiplied
+
+    found, left_out = [], []
+    for card in cards:
+        try:
+            check_multiplied(width, model, card)
+            found.append(card)
+        except SourceError as error:
+            left_out.append(f"left out: {error}")
+    return found, left_out
+
+
 def _limits(text: str | None) -> tuple[float | None, float | None]:
     if text is None:
         return None, None
     slo = slo_of(text)
-    if slo.end_s is not None or slo.fluidity is not None:
-        raise SourceError(f"--slo {text}: explain knows ttft and tpot; everybit plan simulate has e2e and fluidity")
+    if slo.end_s is not None or slo.fluidity is not None or "share" in text:
+        raise SourceError(
+            f"--slo {text}: explain knows ttft and tpot, as means; everybit plan simulate has e2e, fluidity and share"
+        )
     return slo.first_s, slo.gap_s
 
 

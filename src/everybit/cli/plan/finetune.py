@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from everybit.plan.hardware import Hardware
 
 _MFU = 0.4
+_RANK = 16
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     group.add_argument("--optimizer", default="adamw", metavar="NAME", help="adamw, adam8bit, sgd")
     group.add_argument("--zero", type=int, default=0, metavar="STAGE", help="0 to 3 (default 0)")
     group.add_argument("--recompute", default="selective", metavar="WHAT", help="none, selective (default), full")
-    group.add_argument("--rank", type=positive_int, default=16, metavar="N", help="of adapters (default 16)")
+    group.add_argument("--rank", type=positive_int, metavar="N", help=f"of adapters (default {_RANK})")
     group.add_argument("--experts", action="store_true", help="adapters beside routed experts, too")
     group.add_argument(
         "--base-bits", type=number, metavar="BITS", help="of frozen weights (lora 16, qlora NF4's 4.127)"
@@ -74,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     from everybit.plan.finetune_memory import Recipe
     from everybit.plan.model import read_model
 
+    if args.method == "full" and args.rank is not None:
+        raise SourceError(f"--rank {args.rank}: a full fine-tune has no adapters; leave it out")
     model, card = read_model(args.model), card_of(args)
     tell_unknown([model])
     recipe = Recipe(
@@ -84,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         optimizer=args.optimizer,
         zero=args.zero,
         recompute=args.recompute,
-        rank=args.rank,
+        rank=args.rank or _RANK,
         experts=args.experts,
         base_bits=args.base_bits,
         offload=_offload(args, card),
@@ -96,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({**_known(args, card, found), "cost": found, "recipe": recipe})
     else:
-        print(_text(args, card, recipe, devices, found))
+        print(_text(args, model.name, card, recipe, devices, found))
     return 0
 
 
@@ -162,7 +165,9 @@ def _known(args: argparse.Namespace, card: Hardware, found: FinetuneCost) -> dic
     }
 
 
-def _text(args: argparse.Namespace, card: Hardware, recipe: Recipe, devices: Devices, found: FinetuneCost) -> str:
+def _text(
+    args: argparse.Namespace, model: str, card: Hardware, recipe: Recipe, devices: Devices, found: FinetuneCost
+) -> str:
     from everybit.cli.plan.output import figure, gb
     from everybit.plan.hardware import weakest
 
@@ -182,7 +187,7 @@ def _text(args: argparse.Namespace, card: Hardware, recipe: Recipe, devices: Dev
         network = [f"  network              {figure(found.network_s)} s of a step, at {rate:.3g} GB/s a device"]
         rests += "; the prior's share of the link"
     lines = [
-        f"{recipe} of {args.model}: {args.devices} x {card.name}, {found.trained:,} weights trained",
+        f"{recipe} of {model}: {args.devices} x {card.name}, {found.trained:,} weights trained",
         f"  memory of a device   {gb(parts.total)} of {gb(card.main_memory.bytes)} GB: "
         + ", ".join(f"{name} {gb(getattr(parts, name))}" for name in named if getattr(parts, name)),
         f"  batch                {found.batch} sequences of {recipe.sequence} tokens a device",

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from everybit.cli.plan.fleet_spec import Spec
     from everybit.plan.candidates import Candidate
     from everybit.plan.fleet import Fleet
+    from everybit.plan.simulate.metrics import Slo
 
 _SURE = 1.645  # standard deviations on either side of the middle of nine tenths
+_RISK = 0.05  # of the time, where no SLO says more
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -57,9 +59,8 @@ def run(args: argparse.Namespace) -> int:
     if not types:
         name, why = next(iter(without.items()))
         raise SourceError(f"none of {len(without)} replica types is possible; {name}: {why}")
-    verify = None
-    if found:
-        slo, losses = slo_of(spec.slo), spec.limits.spot_losses
+    verify, slo, losses = None, slo_of(spec.slo) if found else None, spec.limits.spot_losses
+    if slo:
         simulate = simulated(found, spec.demand, slo, engine=spec.engine, spot_losses=losses)
         verify = simulate if args.verify else queued(found, spec.demand, slo, spot_losses=losses)
     fleet = plan_fleet(
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         slices=args.compatible,
         explain=not args.brief,
     )
+    warnings = _warnings(fleet, slo, args.verify)
     if args.json:
         print_json(
             {
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
                 "impossible": without,
                 "verified": args.verify,
                 "held_by": _held(args, bool(found)),
+                "warnings": warnings,
                 "prices": {one.type.name: one.price or "given" for one in found},
                 "rests_on": {
                     one.type.name: {"efficiencies": one.efficiency.source, "card": one.known} for one in found
@@ -90,8 +93,21 @@ def run(args: argparse.Namespace) -> int:
             }
         )
     else:
-        print(_text(args, spec, fleet, found, without))
+        print("\n".join([_text(args, spec, fleet, found, without), *(f"warning: {one}" for one in warnings)]))
     return 0
+
+
+def _warnings(fleet: Fleet, slo: Slo | None, verified: bool) -> list[str]:
+    risk = 1 - slo.share if slo else _RISK
+    found = [
+        f"{name}: more than the spares are gone {gone:.2%} of the time, expected at most {risk:.2%}: raise spot_losses "
+        "or on_demand_share"
+        for name, gone in fleet.spot_risk.items()
+        if gone > risk
+    ]
+    if slo and slo.fluidity is not None and not verified:
+        found.append(f"fluidity {slo.fluidity:g} of the SLO is not judged by the formula: --verify simulates it")
+    return found
 
 
 def _held(args: argparse.Namespace, estimated: bool) -> str:
@@ -154,9 +170,10 @@ def _text(args: argparse.Namespace, spec: Spec, fleet: Fleet, found: list[Candid
         for one in spec.offers
         if one.cleanest
     ]
+    apart = ", fluidity apart" if "fluidity" in spec.slo else ""
     held = {
         "simulation": "verified by simulation",
-        "queues (M/M/c)": "where queues by a formula (M/M/c) keep the SLO; not simulated (--verify)",
+        "queues (M/M/c)": f"where queues by a formula (M/M/c) keep the SLO{apart}; not simulated (--verify)",
         "utilisation": "as told; not simulated (rates are the spec's)",
     }
     return "\n".join([*lines, f"utilisation at most {fleet.utilisation:.0%}, {held[_held(args, bool(found))]}"])

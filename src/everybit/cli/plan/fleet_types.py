@@ -54,6 +54,8 @@ def _card(spec: Spec, offer: Offer) -> Hardware:
 
 
 def _model(spec: Spec, bits: str) -> Model:
-    (width,) = widths(None if bits == "own" else bits)
+    width, *more = widths(None if bits == "own" else bits)
+    if more:
+        raise SourceError(f"bits {bits}: {len(more) + 1} widths in one text, expected a list of texts, one for each")
     source = spec.folder / spec.model
     return read_at(str(source) if source.exists() else spec.model, width, spec.kv_bits, spec.activation_bits)

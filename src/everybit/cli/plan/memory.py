@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from everybit.cli.options import positive_int
 from everybit.cli.plan.options import (
@@ -16,6 +18,12 @@ from everybit.cli.plan.options import (
     tell_formats,
 )
 from everybit.errors import SourceError
+
+if TYPE_CHECKING:
+    from everybit.plan.cost import Parallel
+    from everybit.plan.hardware import Hardware
+    from everybit.plan.memory import Fit
+    from everybit.plan.operators import Model
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,11 +42,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     from everybit.cli.plan.output import gb, plain, print_json, table
-    from everybit.plan.memory import fit
 
     models, split = models_of(args), split_of(args)
+    for model in models.values():
+        if args.context and args.context > model.context:
+            raise SourceError(
+                f"--context {args.context}: {model.name} has a context of {model.context} tokens: shorten it"
+            )
     found = [
-        (card, width, fit(model, card, split, context=args.context))
+        (card, width, _fit(width, model, card, split, args.context))
         for card in cards_of(args)
         for width, model in models.items()
     ]
@@ -61,3 +73,18 @@ def run(args: argparse.Namespace) -> int:
             print(f"{card.name}, {width}: {one.why}")
     print(f"widths: {tell_formats(models)}")
     return 0
+
+
+def _fit(width: str, model: Model, card: Hardware, split: Parallel, context: int | None) -> Fit:
+    """No sequences, too, at a width or a split that the model or the card cannot have. Raises: SourceError"""
+    from everybit.plan.cost import Cost
+    from everybit.plan.memory import fit
+    from everybit.plan.widths import check_multiplied
+
+    found = fit(model, card, split, context=context)
+    try:
+        check_multiplied(width, model, card)
+        Cost(model, card, split)
+    except SourceError as error:
+        return replace(found, sequences=0, why=str(error))
+    return found

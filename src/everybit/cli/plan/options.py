@@ -65,12 +65,11 @@ def add_cards(parser: argparse.ArgumentParser, several: bool = True) -> None:
 
 
 def add_split(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Of `tp`, `pp`, `dp`, `ep` (default: all)."""
+    """Of `tp`, `pp`, `dp` (default: all)."""
     said = {
         "tp": "devices that share each operator",
         "pp": "groups of them that share the layers",
-        "dp": "groups that share the requests",
-        "ep": "devices that experts are spread over",
+        "dp": "groups that share the requests; experts are spread over the devices of all",
     }
     group = parser.add_argument_group("parallelism")
     for name in names or said:
@@ -119,12 +118,22 @@ def number(text: str) -> float:
     return value
 
 
+def bits_number(text: str) -> float:
+    """An argparse type: a number of bits."""
+    value = number(text)
+    if not 1 <= value <= 32:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected bits from 1 to 32")
+    return value
+
+
 def bits_or_format(text: str) -> float:
     """An argparse type: bits of activations or of a cache, as a number or a format."""
     try:
-        return _WIDE[text] if text in _WIDE else number(text)
+        return _WIDE[text] if text in _WIDE else bits_number(text)
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number or one of {', '.join(_WIDE)}") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a number from 1 to 32 or one of {', '.join(_WIDE)}"
+        ) from None
 
 
 def widths(text: str | None) -> list[Width]:
@@ -155,6 +164,8 @@ def _width(text: str) -> Width:
         if not text:
             raise SourceError(f"--bits: an empty width, expected {_BITS}") from None
         return text
+    if not 1 <= value <= 32:
+        raise SourceError(f"--bits {text}: expected 1 to 32 bits a weight")
     return int(value) if value.is_integer() else value
 
 
@@ -233,14 +244,18 @@ def cards_of(args: argparse.Namespace) -> list[Hardware]:
 
     if "all" in args.on:
         return [card for card in map(read_hardware, cards()) if card.plannable]
-    return [read_hardware(one) for one in args.on]
+    found = [read_hardware(one) for one in args.on]
+    names = [card.name for card in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise SourceError(f"--on: {twice} was given twice, expected each card once (by its name, not its file's)")
+    return found
 
 
 def split_of(args: argparse.Namespace) -> Parallel:
     """Raises: SourceError"""
     from everybit.plan.cost import Parallel
 
-    return Parallel(args.tp, getattr(args, "pp", 1), getattr(args, "dp", 1), getattr(args, "ep", 1))
+    return Parallel(args.tp, getattr(args, "pp", 1), getattr(args, "dp", 1))
 
 
 def calibrations_of(args: argparse.Namespace, cards: Iterable[Hardware]) -> dict[str, Calibration]:
@@ -261,14 +276,12 @@ def calibrations_of(args: argparse.Namespace, cards: Iterable[Hardware]) -> dict
     return found
 
 
-def efficiency_of(args: argparse.Namespace, card: Hardware, model: Model | None = None) -> Efficiency:
-    """The calibrated one, or the prior; with `model` what holds for it. Raises: SourceError"""
-    from everybit.plan.efficiency import prior
+def efficiency_of(args: argparse.Namespace, card: Hardware, model: Model) -> Efficiency:
+    """The calibrated one, or the prior, as it holds for the model. Raises: SourceError"""
+    from everybit.plan.estimate import efficiencies
 
     calibration = calibrations_of(args, [card]).get(card.name)
-    if model is None:
-        return calibration.efficiency if calibration else prior(card, args.engine)
-    return calibration.of(model).efficiency if calibration else prior(card, args.engine).of(model)
+    return efficiencies(model, card, args.engine, calibration, split_of(args)).efficiency
 
 
 def price_of(text: str) -> str | float:
@@ -283,7 +296,7 @@ def price_of(text: str) -> str | float:
         value = math.nan
     if not 0 <= value <= 1000:
         raise SourceError(f"--price {text}: expected {', '.join(PRICES)}, or $/h of one device from 0 to 1000")
-    return value
+    return value + 0.0  # 0 of -0
 
 
 def usd_per_h_of(text: str, card: Hardware) -> float | None:

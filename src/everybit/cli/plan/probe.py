@@ -59,8 +59,12 @@ def run(args: argparse.Namespace) -> int:
         raise SourceError(f"--output {args.output}: expected a name that ends in .toml")
     if not args.output.parent.is_dir():
         raise OutputError(f"--output {args.output}: no folder {args.output.parent}, make it first")
+    calibration = args.output.with_suffix(".calibration.json")
+    for path in (args.output, calibration):
+        if path.is_dir():
+            raise OutputError(f"--output {args.output}: {path} is a folder, expected the name of a file: pass another")
     found = measure(args.threads, args.seconds)
-    card, calibration = card_of(found), args.output.with_suffix(".calibration.json")
+    card = card_of(found)
     write_card(card, args.output)
     calibration_of(found).save(calibration)
     print(f"{card.name}: {card.main_memory.bytes_per_s / 1e9:.1f} GB/s, {found.fp32_flops / 1e9:.0f} GFLOP/s (fp32)")

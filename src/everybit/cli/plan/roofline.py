@@ -22,11 +22,13 @@ from everybit.cli.plan.options import (
     split_of,
     tell_formats,
 )
+from everybit.errors import SourceError
 
 if TYPE_CHECKING:
     from everybit.plan.estimate import Point, Roofline
 
 Axis = Callable[[float], float]  # a value -> its place
+_MOST_USERS = 1 << 20  # as of an estimate
 _WIDE, _HIGH, _EDGE = 760, 460, 60
 _COLOURS = {"decode": "#c2410c", "prefill": "#1d4ed8"}
 
@@ -57,6 +59,10 @@ def run(args: argparse.Namespace) -> int:
 
     (width, model), card = one_width(args), card_of(args)
     check_multiplied(width, model, card)
+    if args.prompt > model.context:
+        raise SourceError(f"--prompt {args.prompt}: {model.name} has a context of {model.context} tokens: shorten it")
+    if args.users > _MOST_USERS:
+        raise SourceError(f"--users {args.users}: expected at most {_MOST_USERS}")
     found = roofline(
         model,
         card,

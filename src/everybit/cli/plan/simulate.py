@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from everybit.plan.simulate.traces import Trace
 
 _LENGTHS = 64  # pairs that lengths are drawn from
+_LIMITS = (("rate", 1e-6, 1e6), ("speed", 1e-6, 1e6), ("burstiness", 1e-3, 1e3), ("think", 0, 1e6), ("warmup", 0, 1e9))
 _SURE = 1.645  # standard deviations on either side of the middle of nine tenths
 
 
@@ -127,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
         speculation=speculation_of(args.drafts, args.acceptance, args.draft_bits),
         offload=args.offload,
         seed=args.seed,
+        users=args.users,
     )
     requests, trace = requests_of(args)
     documents: dict[str, dict[str, Any]] = {}
@@ -191,6 +193,9 @@ def requests_of(args: argparse.Namespace) -> tuple[list[Request], Trace | None]:
     for option, needs in (("speed", "trace"), ("think", "users"), ("burstiness", "rate")):
         if getattr(args, option) is not None and getattr(args, needs) is None:
             raise SourceError(f"--{option} goes with --{needs}")
+    for option, low, high in _LIMITS:
+        if (value := getattr(args, option)) is not None and not low <= value <= high:
+            raise SourceError(f"--{option} {value:g}: expected {low:g} to {high:g}")
     if args.trace and (args.prompt or args.output):
         raise SourceError("--prompt and --output are drawn lengths; a trace has its own: leave them out")
     if args.trace:

@@ -18,8 +18,8 @@ class Lockstep:
 
     def __init__(self, cost: Cost, stream_s: float = 0.0, pace: float = 1.0) -> None:
         layers = tuple(replace(layer, experts=None) for layer in cost.model.layers)
-        bare, alone = replace(cost.model, layers=layers), replace(cost.parallel, ep=1)
-        self._all, self._own = cost, Cost(bare, cost.hardware, alone, cost.efficiency)
+        bare = replace(cost.model, layers=layers)
+        self._all, self._own = cost, Cost(bare, cost.hardware, cost.parallel, cost.efficiency)
         self._stream_s, self._pace = stream_s, pace
         self._experts = {0: 0.0}  # seconds by tokens of each group
 
