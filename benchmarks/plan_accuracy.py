@@ -344,14 +344,20 @@ def square(model: Model, batch: int, context: int) -> float:
     )
 
 
-def viewer(row: dict[str, str], switches: Sequence[str]) -> float:
-    """Seconds of a decoding step with some of LLM-Viewer's ways switched on."""
+def viewed(row: dict[str, str], switches: Sequence[str]) -> tuple[Model, Hardware, int]:
+    """Of a row of LLM-Viewer's: also the bits of activations and cache."""
     weight, other = VIEWER_BITS[row["bits"]]
     name = row["model"].replace("Llama-3-8B", "Meta-Llama-3-8B")
     model = replace(widths(read_model(name, activation_bits=other), weight), kv_bits=float(other))
     hardware = read_hardware(VIEWER_CARDS[row["hw"]])
     if "H100 at 3,072 GB/s" in switches and row["hw"] == "nvidia_H100_SXM":
         hardware = scaled(hardware, VIEWER_H100_BYTES_PER_S / hardware.main_memory.bytes_per_s)
+    return model, hardware, other
+
+
+def viewer(row: dict[str, str], switches: Sequence[str]) -> float:
+    """Seconds of a decoding step with some of LLM-Viewer's ways switched on."""
+    model, hardware, other = viewed(row, switches)
     if "flash ignores GQA" in switches and row["attn"] == "flash":
         layers = []
         for one in model.layers:
@@ -370,12 +376,7 @@ def viewer(row: dict[str, str], switches: Sequence[str]) -> float:
 
 def viewer_prefill(row: dict[str, str], switches: Sequence[str]) -> float:
     """Seconds of a prompt with some of LLM-Viewer's ways switched on (its model_analyzer.py, 472f71f)."""
-    weight, other = VIEWER_BITS[row["bits"]]
-    name = row["model"].replace("Llama-3-8B", "Meta-Llama-3-8B")
-    model = replace(widths(read_model(name, activation_bits=other), weight), kv_bits=float(other))
-    hardware = read_hardware(VIEWER_CARDS[row["hw"]])
-    if "H100 at 3,072 GB/s" in switches and row["hw"] == "nvidia_H100_SXM":
-        hardware = scaled(hardware, VIEWER_H100_BYTES_PER_S / hardware.main_memory.bytes_per_s)
+    model, hardware, other = viewed(row, switches)
     batch, tokens, each = int(row["batch"]), int(row["seqlen"]), other / 8
     bandwidth = hardware.main_memory.bytes_per_s
     works = Cost(model, hardware).works(Step(chunks=((tokens, 0),) * batch))
