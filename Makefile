@@ -39,11 +39,14 @@ format: setup  ## rewrite the files as `make check` wants them
 	$(BIN)/ruff format .
 	@if [ -n "$(CXX_FORMATTED)" ]; then $(BIN)/clang-format -i $(CXX_FORMATTED); fi
 
-test: setup  ## the fast tests (no GPU, no network, no download), in two processes
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+# In two processes, but for the bench's, which measure time.
+test: setup  ## the fast tests (no GPU, no network, no download)
+	$(BIN)/python -m pytest -m "not slow" tests/bench
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --ignore tests/bench
 
 test-all: setup  ## the slow tests too
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/bench
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/bench
 
 test-vllm:  ## the plug-in inside vLLM, in an environment of its own (1.5 GB, 10 minutes the first time)
 	bash scripts/vllm_tests.sh

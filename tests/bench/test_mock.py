@@ -141,7 +141,7 @@ def test_tokens_are_written_when_they_are_due() -> None:
             assert sent < one.arrived_ns == one.started_ns
             assert list(one.due_ns) == [one.arrived_ns + (30 + 5 * k) * MS for k in range(20)]
             assert one.ended_ns is not None
-            assert one.ended_ns < done
+            assert one.ended_ns < done + 1000 * MS  # noted after the client has its last byte
         late = [w - d for one in truths for d, w in zip(one.due_ns, one.written_ns, strict=True)]
         assert min(late) >= 0
         assert statistics.median(late) < 1 * MS

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 import everybit
 from everybit.cli.main import main
-from everybit.errors import OutputError
+from everybit.errors import FormatError, OutputError
 from everybit.formats import Overlay
 from everybit.quantize.card import BEGIN, END, model_card, write_quality
 
@@ -60,7 +62,7 @@ def test_eval_writes_its_table_into_the_card(overlay: Path, capsys: pytest.Captu
         assert main(["eval", str(overlay), "--text", text, "--bits", bits, "--card", "--threads", "1"]) == 0
         table = capsys.readouterr().out.rstrip()
         card = (overlay / "README.md").read_text()
-        assert f"on `text.txt`:\n\n```text\n{table}\n```\n{END}" in card
+        assert f"on `text.txt` in windows of 128, mode exact:\n\n```text\n{table}\n```\n{END}" in card
         assert card.count(BEGIN) == card.count(END) == 1
     assert card.startswith("---\n")
     assert main(["eval", str(overlay), "--tasks", "x", "--card"]) == 2
@@ -77,3 +79,28 @@ def test_cards_of_other_people(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="without"):
         write_quality(tmp_path, "table", "how")
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_links_of_other_people(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("theirs")
+    card = tmp_path / "model" / "README.md"
+    card.parent.mkdir()
+    card.write_text("# Mine\n")
+    card.with_name("README.md.partial").symlink_to("../precious")
+    write_quality(card.parent, "table", "how")
+    assert (tmp_path / "precious").read_text() == "theirs"
+    assert not card.is_symlink()
+    card.unlink()
+    card.symlink_to("../precious")
+    with pytest.raises(FormatError, match="outside the folder"):
+        write_quality(card.parent, "table", "how")
+
+
+@pytest.mark.parametrize("name", ["a: b", "123", "null", "x\n---\nlicense: mit", "org/model-1.0"])
+def test_any_name_is_one_text_of_yaml(overlay: Path, name: str) -> None:
+    with Overlay.open(overlay) as opened:
+        config = json.loads(json.dumps(opened.config))
+        config["quantization_config"]["provenance"]["source"]["name"] = name
+        card = model_card(config, opened.sizes())
+    metadata = card.split("\n---\n")[0]
+    assert yaml.safe_load(metadata.removeprefix("---\n"))["base_model"] == name

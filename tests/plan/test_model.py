@@ -368,7 +368,7 @@ def test_a_name_is_one_printable_line() -> None:
 def test_names_of_folders_do_not_command_the_terminal(tmp_path: Path) -> None:
     folder = tmp_path / "red\x1b[31m"
     folder.mkdir()
-    with pytest.raises(SourceError, match="has no config.json") as refused:
+    with pytest.raises(SourceError, match=r"has no config\.json") as refused:
         read_model(folder)
     assert str(refused.value).isprintable()
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **BASE}))

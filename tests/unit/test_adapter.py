@@ -220,10 +220,29 @@ def test_drafts_have_it_too(overlay: Path, adapter: Path) -> None:
         ({"lora_alpha": 10**400}, "lora_alpha 1000.* arrived for"),
         ({"rank_pattern": {"(": 3}}, r"rank_pattern \{'\(': 3\} arrived, expected numbers by regular expressions"),
         ({"alpha_pattern": [3]}, r"alpha_pattern \[3\] arrived"),
+        ({"rank_pattern": {"(([a-z_.]+)+)+#": 8}}, "expected a short one that repeats no group"),
+        ({"target_modules": {"a": 1}}, "target_modules .* arrived, expected a list of names or an expression"),
     ],
 )
 def test_configs_that_are_refused(llama: Path, tmp_path: Path, config: dict[str, Any], message: str) -> None:
     refused(llama, write(tmp_path, pair("model.layers.0.self_attn.q_proj"), **config), message)
+
+
+def test_a_config_and_tensors_that_contradict_each_other(llama: Path, tmp_path: Path) -> None:
+    tensors = tensors_for(llama)
+    how = {"rank_pattern": {r"layers\.1\.mlp\.down_\w+": 5}}
+    names = sorted({name.split(".")[-3] for name in tensors})
+    Runtime.open(llama, adapter=write(tmp_path, tensors, target_modules=names, **how), threads=1).close()
+    Runtime.open(llama, adapter=write(tmp_path, tensors, target_modules=r".*(_proj|head)", **how), threads=1).close()
+    refused(llama, write(tmp_path, tensors, target_modules=["q_proj"], **how), "that target_modules .* leaves out")
+    refused(llama, write(tmp_path, tensors, target_modules=names, exclude_modules=["up_proj"], **how), "leaves out")
+    refused(llama, write(tmp_path, tensors, target_modules=names, layers_to_transform=[0], **how), "leaves out")
+    half = {name: one for name, one in tensors.items() if "layers.0." in name}
+    refused(llama, write(tmp_path, half, target_modules=names), "have no adapter")
+    only = {name: one for name, one in tensors.items() if "layers.1." in name}
+    Runtime.open(
+        llama, adapter=write(tmp_path, only, target_modules=names, layers_to_transform=1, **how), threads=1
+    ).close()
 
 
 def pair(module: str, outputs: int = 40, inputs: int = 40) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from everybit import evaluate as ev
-from everybit.errors import PrecisionError, ShapeError, SourceError
+from everybit.errors import ModelError, PrecisionError, ShapeError, SourceError
 from everybit.evaluate import quality
 
 
@@ -158,3 +158,11 @@ def test_mistakes_are_named() -> None:
         run(Switched({2: UNIFORM, 8: SKEWED}), Table([[0.5, 0.5]] * 4), ev.Windows([[0, 1]], 1))
     with pytest.raises(SourceError, match="token 9 and the model knows tokens 0 to 3"):
         run(Switched({2: UNIFORM, 8: SKEWED}), None, ev.Windows([[0, 9]], 1))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_no_measurement(bad: float) -> None:
+    logits = np.zeros((2, 3), np.float32)
+    logits[1, 2] = bad
+    with pytest.raises(ModelError, match="not finite"):
+        quality._score_slice(np.array([0, 1]), logits, None)

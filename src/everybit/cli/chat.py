@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
         conversation = Conversation(
             runtime, Batcher(runtime), Tokenizer.open(args.overlay), ChatTemplate.open(args.overlay), args
         )
-        print(f"everybit: {runtime.isa}, {conversation.precision()}. {HELP}", file=sys.stderr)
+        adapter = f", the adapter {args.adapter}" if args.adapter else ""
+        print(f"everybit: {runtime.isa}, {conversation.precision()}{adapter}. {HELP}", file=sys.stderr)
         if conversation.template is None:
             print("everybit: the model has no chat template, so it goes on with what you write", file=sys.stderr)
         talk(conversation, _lines())

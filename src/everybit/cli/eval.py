@@ -67,6 +67,10 @@ def run(args: argparse.Namespace) -> int:
     if file is None:
         parse_bits(args.bits)  # everything that can be refused is refused before a text is scored
     _refuse_what_has_no_effect(args)
+    if args.card:
+        from everybit.quantize.card import plain, read_card, write_quality
+
+        read_card(Path(args.overlay).expanduser())  # or it is refused now
     documents = evaluate.read_documents(args.text) if args.text else []
     tasks = load(args.tasks, args.tasks_data) if args.tasks else None
     if args.plot:
@@ -97,6 +101,12 @@ def run(args: argparse.Namespace) -> int:
         adapter = f", adapter {args.adapter}" if args.adapter else ""
         print(f"everybit: {model.runtime.isa}, {threads} thread{'s' if threads > 1 else ''}, {args.mode} mode{adapter}")
         tokenizer = Tokenizer.open(args.overlay)
+        more = model.runtime.adapter.nbytes if model.runtime.adapter else 0
+
+        def size(at: int) -> Size:
+            found = Size(plan.bpw, plan.bytes) if plan else sizes.rows[at]
+            return Size(found.bpw, found.bytes + more)
+
         if documents:
             report = evaluate.evaluate(
                 model,
@@ -104,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
                 evaluate.windows(tokenizer, documents, context, truncate=args.truncate, max_tokens=args.max_tokens),
                 reference,
                 set_precision=(lambda _: model.set_precision(plan)) if plan else model.set_precision,
-                size=(lambda _: Size(plan.bpw, plan.bytes)) if plan else sizes.rows.__getitem__,
+                size=size,
                 reference_size=sizes.original,
                 threads=threads,
             )
@@ -113,19 +123,21 @@ def run(args: argparse.Namespace) -> int:
         if tasks:
             scores = score(tasks, tokenizer, model.runtime, bits, reference.runtime if reference else None, args.limit)
     if args.json:
-        print(json.dumps({**(report.document() if report else {}), **({"tasks": scores} if scores else {})}))
+        made = {"mode": args.mode, **({"adapter": args.adapter} if args.adapter else {})}
+        print(json.dumps({**(report.document() if report else {}), **({"tasks": scores} if scores else {}), **made}))
     else:
+        if args.adapter:
+            print(f"with the adapter {args.adapter}, whose bytes are counted")
         print("\n\n".join([*([report.table()] if report else []), *([table(scores)] if scores else [])]))
     if args.plot and report:
         evaluate.plot(report, args.plot)
         print(f"everybit: wrote {args.plot}", file=sys.stderr)
     if args.card and report:
-        from everybit.quantize.card import write_quality
-
-        text, by = Path(args.text).name, f", beside `{Path(args.reference).name}`" if args.reference else ""
-        write_quality(
-            Path(args.overlay).expanduser(), report.table(), f"Measured by everybit {__version__} on `{text}`{by}:"
-        )
+        by = f", beside `{plain(Path(args.reference).name)}`" if args.reference else ""
+        most = f", {args.max_tokens} tokens of it" if args.max_tokens else ""
+        text = f"`{plain(Path(args.text).name)}`{most} in windows of {context}"
+        measured = f"Measured by everybit {__version__} on {text}, mode {args.mode}{by}:"
+        write_quality(Path(args.overlay).expanduser(), report.table(), measured)
     return 0
 
 

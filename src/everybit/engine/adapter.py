@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,18 @@ from everybit.formats.tensors import from_bf16, show
 
 F32 = NDArray[np.float32]
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-MOST_RANK, MOST_ALPHA = 1 << 16, 1e9
+MOST_RANK, MOST_ALPHA = 1 << 16, 1 << 16
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
-# Keys of the config that change nothing here: history, and where the adapter was put, which its tensors tell.
+# Keys of the config that change nothing here.
 _UNREAD = {
     *("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
-    *("lora_dropout", "megatron_core", "runtime_config", "qalora_group_size"),
+    *("layers_pattern", "fan_in_fan_out", "lora_dropout", "megatron_core", "runtime_config"),
+    "qalora_group_size",
     *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
 }
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"}
+_READ |= {"target_modules", "exclude_modules", "layers_to_transform"}
 _BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")  # the others write into the model's weights
 
 
@@ -50,11 +51,18 @@ class Adapter:
     """An adapter, read and checked. Make one with `Adapter.open`.
 
     `pairs`: A f32[r, K] and B f32[N, r], times its scale, of each module. `checksum`: of all that is in them.
+    `targets`: whether PEFT puts it on a module of this name; None: its tensors tell.
     """
 
     folder: Path
     pairs: Mapping[str, tuple[F32, F32]]
     checksum: str
+    targets: Callable[[str], bool] | None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all A and B, as they are read."""
+        return sum(a.nbytes + b.nbytes for a, b in self.pairs.values())
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Adapter:
@@ -76,9 +84,14 @@ class Adapter:
         config = parse_object(read_inside(folder, CONFIG), str(folder / CONFIG))
         _check_config(config, folder / CONFIG)
         stored = _read_tensors(folder)
+        targets = _targets(config, folder / CONFIG)
         pairs, digest = {}, hashlib.sha256()
         for module in sorted({module for module, _ in stored}):
             a, b = stored.get((module, "A")), stored.get((module, "B"))
+            if targets and not targets(module):
+                raise SourceError(
+                    f"{folder}: {show(module)} has an adapter that target_modules of {CONFIG} leaves out: save it again"
+                )
             if a is None or b is None:
                 raise SourceError(
                     f"{folder}: {show(module)} has lora_{'B' if a is None else 'A'} alone, expected both: save it again"
@@ -97,7 +110,7 @@ class Adapter:
             digest.update(repr((module, a.shape, b.shape)).encode())
             digest.update(a.data)
             digest.update(b.data)
-        return cls(folder, pairs, digest.hexdigest())
+        return cls(folder, pairs, digest.hexdigest(), targets)
 
     def put_on(self, program: Program, checkpoint: Checkpoint) -> Program:
         """`program` with the adapter's products beside its own.
@@ -126,6 +139,12 @@ class Adapter:
                 )
             ranks[weight] = len(a)
             tensors |= {f"{weight}.lora_A": a, f"{weight}.lora_B": b}
+        targets = self.targets or (lambda _: False)
+        if bare := [name for name in shapes if name not in ranks and targets(name.removesuffix(".weight"))]:
+            raise SourceError(
+                f"{self.folder}: {len(bare)} modules that target_modules names have no adapter "
+                f"(first: {show(bare[0])}): it is damaged, or was trained on another model"
+            )
         checkpoint.add(tensors)
         changed = replace(program, buffers=dict(program.buffers), ops=[])
         for op in program.ops:
@@ -180,9 +199,59 @@ def _check_config(config: Mapping[str, Any], where: Path) -> None:
         found["init_lora_weights"] = config["init_lora_weights"]
     for key, value in found.items():
         raise SourceError(
-            f"{where}: {key} {show(value)} arrived, expected plain LoRA of linear layers: train it without, or run it "
-            "with transformers"
+            f"{where}: {key if key.isidentifier() else show(key)} {show(value)} arrived, expected plain LoRA of linear "
+            "layers: train it without"
         )
+
+
+def _targets(config: Mapping[str, Any], where: Path) -> Callable[[str], bool] | None:
+    """Which modules PEFT adapts: by target_modules, without exclude_modules, in layers_to_transform. None: no names.
+
+    Raises: SourceError
+    """
+
+    def named(key: str) -> Callable[[str], bool]:
+        given = config.get(key)
+        if isinstance(given, str):
+            try:
+                found = re.compile(_pattern(given))
+            except re.error:
+                raise SourceError(f"{where}: {key} {show(given)} arrived, expected a regular expression") from None
+            return lambda module: found.fullmatch(module) is not None
+        if given is not None and not (isinstance(given, list) and all(isinstance(one, str) for one in given)):
+            raise SourceError(f"{where}: {key} {show(given)} arrived, expected a list of names or an expression")
+        names = tuple(given or ())
+        return lambda module: module in names or module.endswith(tuple(f".{one}" for one in names))
+
+    if config.get("target_modules") in (None, "all-linear"):
+        return None
+    layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    if layers is not None and not (isinstance(layers, list) and all(type(one) is int for one in layers)):
+        raise SourceError(f"{where}: layers_to_transform {show(layers)} arrived, expected numbers of layers")
+    wanted, left_out = named("target_modules"), named("exclude_modules")
+
+    def chosen(module: str) -> bool:
+        layer = re.search(r"\.(\d+)\.", module)
+        return (
+            wanted(module) and not left_out(module) and (not layers or (layer is not None and int(layer[1]) in layers))
+        )
+
+    return chosen
+
+
+def _pattern(text: object) -> str:
+    """A regular expression that takes no time to speak of: few repetitions, and none of a group. Raises: SourceError"""
+    if (
+        not isinstance(text, str)
+        or len(text) > 500
+        or len(re.findall(r"[*+{]", text)) > 8
+        or re.search(r"\)[*+{]", text)
+    ):
+        raise SourceError(
+            f"the pattern {show(text)} arrived, expected a short one that repeats no group: name the modules"
+        )
+    return text
 
 
 def _rank_and_scale(config: Mapping[str, Any], module: str, where: Path) -> tuple[int, float]:
@@ -192,7 +261,7 @@ def _rank_and_scale(config: Mapping[str, Any], module: str, where: Path) -> tupl
         """What the first pattern says that is the module's name, or its end after a dot: as PEFT looks it up."""
         try:
             given = (config.get(patterns) or {}).items()
-            return next((v for one, v in given if re.match(rf"(.*\.)?({one})$", module)), config.get(key))
+            return next((v for one, v in given if re.match(rf"(.*\.)?({_pattern(one)})$", module)), config.get(key))
         except (AttributeError, re.error, RecursionError, OverflowError):
             raise SourceError(
                 f"{where}: {patterns} {show(config[patterns])} arrived, expected numbers by regular expressions"

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from everybit.errors import PrecisionError, ShapeError, SourceError
+from everybit.errors import ModelError, PrecisionError, ShapeError, SourceError
 from everybit.evaluate.intervals import Sums, blocks
 from everybit.evaluate.report import FloatQuality, Report, Row
 from everybit.evaluate.text import Windows
@@ -218,6 +218,8 @@ def _score_slice(targets: NDArray[np.int64], logits: F32, floats: F32 | None) ->
     """Negative log-likelihood and KL per token, and how often both rank the same token first."""
     log_q = _log_softmax(logits)
     losses = -log_q[np.arange(len(targets)), targets]
+    if np.isnan(losses).any():
+        raise ModelError("the logits hold a number that is not finite: quantize again, or leave the adapter out")
     if floats is None:
         return losses, None, 0
     log_p = _log_softmax(floats)

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from everybit.errors import EverybitError, OutputError, reason
+from everybit.errors import EverybitError, OutputError, SourceError, reason
 from everybit.formats import Overlay
 from everybit.formats.files import open_inside
 
@@ -28,6 +28,8 @@ def push(folder: str | Path, repo: str, *, private: bool = False, revision: str 
     Raises: FormatError, ChecksumError before anything is sent; OutputError where the hub refuses or is not reached
     """
     path = Path(folder).expanduser()
+    if revision is not None and not revision.strip():
+        raise SourceError("an empty revision arrived, expected a branch's name: leave it out for main")
     if get_token() is None:
         raise OutputError(f"there is no token for {repo}: {_LOGIN}")
     with Overlay.open(path) as overlay:

@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from everybit.engine.adapter import MOST_ALPHA
 from everybit.errors import EverybitError, SourceError, reason
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -54,4 +55,10 @@ def put_on(model: Any, folder: str | Path) -> Any:
             f"{folder}: the adapter was trained on another model ({len(different)} parameters differ, first: "
             f"{different[0]}): train one on this overlay or its float model"
         )
+    for name, tensor in peft.get_peft_model_state_dict(tuned).items():
+        if not tensor.isfinite().all():
+            raise SourceError(f"{folder}: {name} has numbers that are not finite: train it again")
+    alpha = getattr(tuned.active_peft_config, "lora_alpha", 1)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= MOST_ALPHA:
+        raise SourceError(f"{folder}: lora_alpha {alpha!r} arrived, expected a number up to {MOST_ALPHA}")
     return tuned

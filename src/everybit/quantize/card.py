@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ _LICENCE = re.compile(r"^(license|license_name|license_link): *[\w.+:/-]+ *$", r
 
 TEMPLATE = """---
 library_name: everybit
-base_model: {name}
+base_model: {base}
 base_model_relation: quantized
 {licence}tags: [everybit, any-precision, quantized]
 ---
@@ -54,7 +56,8 @@ def model_card(config: dict[str, Any], sizes: SizeReport, source: Path | None = 
     provenance = config["quantization_config"]["provenance"]
     bits = list(sizes.rows)
     return TEMPLATE.format(
-        name=provenance["source"]["name"],
+        name=plain(provenance["source"]["name"]),
+        base=_yaml(provenance["source"]["name"]),
         licence="" if source is None else _licence(source),
         low=bits[0],
         precisions=f"every precision from {bits[0]} to {bits[-1]} bits" if len(bits) > 1 else f"{bits[0]} bits",
@@ -69,16 +72,35 @@ def model_card(config: dict[str, Any], sizes: SizeReport, source: Path | None = 
     )
 
 
+def read_card(folder: Path) -> str:
+    """The folder's card. Raises: OutputError where there is none, FormatError where it links to elsewhere"""
+    if not os.path.lexists(folder / CARD):
+        raise OutputError(f"{folder / CARD} is not there, expected the card that everybit quantize wrote")
+    try:
+        with open_inside(folder, CARD) as file:
+            return file.read().decode()
+    except UnicodeDecodeError:
+        raise OutputError(f"{folder / CARD} is not UTF-8, expected the card that everybit quantize wrote") from None
+
+
+def plain(name: str) -> str:
+    """A file's name as it may stand in a card."""
+    return re.sub(r"[^\w.+() -]", "_", name)
+
+
+def _yaml(name: str) -> str:
+    """As a text of YAML: quoted, which JSON does alike, unless it is a plain word that YAML has no meaning for."""
+    meant = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+    simple = re.fullmatch(r"[A-Za-z][\w.-]*(/[\w.-]+)?", name, re.ASCII) and name.lower() not in meant
+    return name if simple else json.dumps(name)
+
+
 def write_quality(folder: Path, table: str, how: str) -> None:
     """Puts what `everybit eval` measured into the folder's card, in the place of what it measured before.
 
     Raises: OutputError
     """
-    path = folder / CARD
-    try:
-        card = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise OutputError(f"{path} is not there or not UTF-8, expected the card that everybit quantize wrote") from None
+    path, card = folder / CARD, read_card(folder)
     before, begin, rest = card.partition(BEGIN)
     _, end, after = rest.partition(END)
     if begin and not end:
@@ -87,7 +109,9 @@ def write_quality(folder: Path, table: str, how: str) -> None:
         before, after = card.rstrip() + "\n\n", "\n"
     partial = path.with_name(CARD + ".partial")
     try:
-        partial.write_text(f"{before}{BEGIN}\n{how}\n\n```text\n{table}\n```\n{END}{after}", encoding="utf-8")
+        partial.unlink(missing_ok=True)  # of a killed run, or a link to elsewhere
+        with open(partial, "x", encoding="utf-8") as file:
+            file.write(f"{before}{BEGIN}\n{how}\n\n```text\n{table}\n```\n{END}{after}")
         partial.replace(path)
     except OSError as error:
         raise OutputError(f"cannot write {path} ({error.strerror or error}): make the folder writable") from error

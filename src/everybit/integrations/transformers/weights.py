@@ -103,8 +103,8 @@ class OverlayTensor(torch.Tensor):
     @property
     def data(self) -> torch.Tensor:
         raise OutputError(
-            "an overlay's weight cannot be written, so no adapter can be merged into it: keep the adapter beside the "
-            "overlay, or call the model's dequantize() first, which leaves one precision"
+            "an overlay's weight cannot be written, as merging, DoRA and some initialisations do: keep a plain adapter "
+            "beside the overlay, or call the model's dequantize() first, which leaves one precision"
         )
 
     @data.setter
