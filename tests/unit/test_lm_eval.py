@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import everybit
 from everybit.cli.main import main
 from everybit.engine.runtime import Runtime
-from everybit.errors import EverybitError, SourceError
+from everybit.errors import EverybitError, ModelError, SourceError
 from everybit.integrations.lm_eval_tasks import local_task, read_samples
 from everybit.tokenizer import Tokenizer
 
@@ -205,6 +206,97 @@ def test_generation_stops_before_the_stop_string(model: Any) -> None:
 
 
 @needs_lm_eval
+def test_logits_that_are_not_numbers_are_no_score(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = np.zeros((2, 258), np.float32)
+    broken[1, 7] = np.nan
+    monkeypatch.setattr(model.runtime, "score", lambda *_: iter([broken]))
+    with pytest.raises(ModelError, match="holds a number that is not finite"):
+        model._loglikelihood_tokens([(None, [0, 5], [0, 0])])
+
+
+@needs_lm_eval
+def test_generation_options_mean_what_lm_eval_says(model: Any) -> None:
+    from everybit.engine.sampling import Sampling
+    from everybit.integrations.lm_eval import _read_options
+
+    greedy = Sampling(temperature=0)
+    assert _read_options({}) == (greedy, 256, [])
+    for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
+        assert _read_options({name: 7, "until": "x", "num_beams": 1}) == (greedy, 7, ["x"])
+    assert _read_options({"temperature": 0.7})[0] == Sampling(temperature=0.7)
+    assert _read_options({"temperature": 0.7, "do_sample": False})[0] == greedy
+    assert _read_options({"do_sample": True})[0] == Sampling()
+    asked: dict[str, Any] = {"top_k": 9, "top_p": 0.5, "min_p": 0.1, "seed": 3}
+    asked |= {"repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 0.5}
+    assert _read_options({"do_sample": True, "temperature": 2, **asked})[0] == Sampling(2, **asked)
+
+    drawn = {"temperature": 5.0, "max_tokens": 12}
+    texts = model.generate_until([Request("Once", drawn)] * 3)
+    assert len(set(texts)) == 3  # the samples of a task with `repeats: 3`
+    assert model.generate_until([Request("Once", drawn)] * 3) == texts
+    assert model.generate_until([Request("Once", {**drawn, "seed": 1})] * 2) == texts[1:]
+    plain, penalized = (
+        model.generate_until([Request("Once", {"max_tokens": 30, **more})])
+        for more in ({}, {"repetition_penalty": 50.0})
+    )
+    assert plain != penalized
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_gen_toks": -1}, "max_gen_toks -1 arrived"),
+        ({"max_tokens": "x"}, "is not a number (invalid literal"),
+        ({"temperature": None}, "is not a number"),
+        ({"temperature": -1, "do_sample": True}, "temperature -1.0: expected 0"),
+        ({"top_p": 2}, "top_p 2: expected"),
+        ({"num_beams": 10}, "num_beams 10 arrived"),
+        ({"max_length": 9}, "generation option 'max_length' arrived"),
+        ({"until": [1]}, "until [1] arrived"),
+    ],
+)
+def test_generation_options_that_are_refused(model: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(EverybitError, match=re.escape(message)) as found:
+        model.generate_until([Request("Once", options)])
+    assert "\n" not in str(found.value)
+
+
+@needs_lm_eval
+def test_a_chat_template_is_applied(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.evaluator import evaluate
+
+    from everybit.integrations.lm_eval import EverybitLM, load_tasks
+
+    folder = tmp_path / "1"  # which lm-eval reads as a number
+    shutil.copytree(tiny_llama, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+    )
+    monkeypatch.chdir(tmp_path)
+    made = EverybitLM.create_from_arg_string("pretrained=1,threads=1")
+    text = made.apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert text == "<s>[user] Hi\n[assistant]"
+    bare = made.tok_encode(text[3:])
+    assert made.tok_encode(text) == bare  # one BOS
+    assert made.chat_template(True).startswith("{{ bos_token }}")
+    (tmp_path / "mini.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    found = evaluate(made, load_tasks(["mini"], tmp_path), limit=1, bootstrap_iters=0, apply_chat_template=True)
+    (sample,) = found["samples"]["mini"]
+    assert sample["arguments"][0][0].startswith("<s>[user] Question: Which one purrs?")
+    with pytest.raises(SourceError, match="gen_prefix"):
+        made.apply_chat_template([{"role": "assistant", "content": "Hi"}], add_generation_prompt=False)
+    with pytest.raises(SourceError, match="--apply_chat_template tool_use arrived"):
+        made.chat_template("tool_use")
+
+
+@needs_lm_eval
+def test_a_model_without_a_chat_template_says_so(model: Any) -> None:
+    with pytest.raises(SourceError, match="has no chat template: leave --apply_chat_template out"):
+        model.apply_chat_template([{"role": "user", "content": "Hi"}])
+
+
+@needs_lm_eval
 def test_local_tasks_are_scored_as_by_hand(tiny_llama: Path, model: Any, data: Path) -> None:
     from everybit.integrations.lm_eval import evaluate_tasks, load_tasks
 
@@ -309,6 +401,8 @@ def test_lm_eval_makes_the_model_itself(overlay: str, data: Path) -> None:
         ("pretrained={0},batch_size=auto", {"batch_size": 1}, "batch_size auto arrived"),
         ("pretrained={0},device=cuda:77", {}, "device 'cuda:77' arrived"),
         ("pretrained={0},bits=no.json", {}, "no.json"),
+        ("pretrained=0", {}, "0 does not exist"),
+        ("pretrained={0},adapter=7", {}, "7: there is no adapter_config.json"),
     ],
 )
 def test_model_args_that_are_refused(overlay: str, given: str, asked: dict[str, Any], message: str) -> None:

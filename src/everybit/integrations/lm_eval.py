@@ -20,8 +20,8 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import numpy as np
 from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import model_registry
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from numpy.typing import NDArray
@@ -40,10 +41,12 @@ from everybit.engine.runtime import Runtime
 from everybit.engine.sampling import Sampling
 from everybit.errors import EverybitError, ModelError, SourceError, reason
 from everybit.integrations.lm_eval_tasks import local_task
+from everybit.server.template import ChatTemplate
 from everybit.tokenizer import Tokenizer
 
 F32 = NDArray[np.float32]
 NEW_TOKENS = 256  # of generate_until where the task does not say, as lm-eval's own models
+SAMPLING = {field.name for field in fields(Sampling)} - {"temperature", "logit_bias"}  # may be asked by those names
 BOOTSTRAPS = 1000  # for metrics without a standard error in closed form (lm-eval's own default is 100,000)
 
 
@@ -87,8 +90,9 @@ class EverybitLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types we c
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> EverybitLM:
-        """`pretrained` (a folder), and if wanted `bits` (a number or a plan, PLAN.json), `context`, `threads`, `mode`
-        (exact, as in `everybit eval`, unless it says default or fast) and `device` (cuda, cuda:0, ...).
+        """`pretrained` (a folder), and if wanted `bits` (a number or a plan, PLAN.json), `adapter` (a folder),
+        `context`, `threads`, `mode` (exact, as in `everybit eval`, unless it says default or fast) and `device` (cuda,
+        cuda:0, ...).
 
         `additional_config`: lm-eval's --batch_size has to be 1; its --device, which it sets to cuda:0 itself, is
         not looked at. Raises: SourceError for other options; as Runtime
@@ -98,12 +102,16 @@ class EverybitLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types we c
             if str(value := given.pop(name, None) or asked.get(name) or 1) != "1":
                 raise SourceError(f"{name} {value} arrived, everybit scores one text at a time: leave it out")
         folder, bits, device = given.pop("pretrained", None), given.pop("bits", None), given.pop("device", "cpu")
-        if unknown := sorted(set(given) - {"context", "threads", "mode"}):
+        if unknown := sorted(set(given) - {"adapter", "context", "threads", "mode"}):
             raise SourceError(
-                f"model_args {unknown[0]!r} arrived, expected pretrained, bits, context, threads, mode or device"
+                f"model_args {unknown[0]!r} arrived, expected pretrained, bits, adapter, context, threads, mode or "
+                "device"
             )
-        if not folder:
+        if folder in (None, ""):
             raise SourceError("no model arrived: expected model_args pretrained=OVERLAY,bits=4 or another precision")
+        folder = str(folder)  # lm-eval makes a number of a folder called 1
+        if given.get("adapter") is not None:
+            given["adapter"] = str(given["adapter"])
         if device == "cpu":
             given = {"mode": "exact", **given}
         else:
@@ -129,11 +137,40 @@ class EverybitLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types we c
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; the tokenizer's leading special tokens unless `add_special_tokens` is False, never trailing ones.
 
-        (A context that ends in the tokenizer's own EOS could not be continued.)
+        (A context that ends in the tokenizer's own EOS could not be continued.) A text that holds the leading ones, as
+        a chat template writes them, does not get them twice.
         """
-        ids = self.text.encode(string)
+        ids, before = self.text.encode(string), len(self._before)
         ids = ids[: len(ids) - self._after]
-        return ids[len(self._before) :] if add_special_tokens is False else ids
+        return ids[before:] if add_special_tokens is False or ids[before : 2 * before] == self._before else ids
+
+    @property
+    def tokenizer_name(self) -> str:
+        """By which lm-eval tells apart the requests it caches with --apply_chat_template."""
+        return str(self.runtime.checkpoint.folder.resolve()).replace(os.sep, "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The model's template, for lm-eval's records; `chat_template` is what --apply_chat_template says.
+
+        Raises: SourceError (a template asked by name, or a model without one)
+        """
+        if isinstance(chat_template, str):
+            raise SourceError(
+                f"--apply_chat_template {chat_template} arrived, the model's own is taken: leave its name out"
+            )
+        return self._chat.source if chat_template else ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Messages to a prompt. Raises: SourceError (no template, or an answer begun by the task), RequestError"""
+        if not add_generation_prompt:
+            raise SourceError("--apply_chat_template and a task with gen_prefix arrived: everybit takes one of them")
+        return self._chat.render(chat_history)
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        if (found := ChatTemplate.open(folder := self.runtime.checkpoint.folder)) is None:
+            raise SourceError(f"{folder} has no chat template: leave --apply_chat_template out")
+        return found
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
@@ -158,18 +195,23 @@ class EverybitLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types we c
         return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations, cut before the first of the task's stop strings."""
+        """Continuations, cut before the first of the task's stop strings.
+
+        Request n draws from its seed + n, so that the samples of a task with `repeats` differ.
+        """
+        asked = [_read_options(request.args[1]) for request in requests]  # refused before hours of work
         found = []
-        for request in tqdm(requests, desc="writing", **self._bars):
-            context, options = request.args
-            found.append(self._write(context, dict(options)))
+        for index, request in enumerate(tqdm(requests, desc="writing", **self._bars)):
+            context, (sampling, most, stops) = request.args[0], asked[index]
+            found.append(self._write(context, replace(sampling, seed=sampling.seed + index), most, stops))
             self.cache_hook.add_partial("generate_until", request.args, found[-1])
         return found
 
     def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
         """Log-likelihood of `continuation`, and whether each of its tokens is the likeliest.
 
-        What does not fit into the model's context is cut off at the left.
+        What does not fit into the model's context is cut off at the left. Raises: ModelError (logits that are NaN or
+        infinite)
         """
         if not continuation:
             return 0.0, True
@@ -179,7 +221,13 @@ class EverybitLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types we c
         total, greedy, at = 0.0, True, 0
         for logits in self._logits(ids[:-1], rows):
             wide = logits.astype(np.float64)
-            wide -= wide.max(axis=-1, keepdims=True)
+            top = wide.max(axis=-1, keepdims=True)  # NaN where any of its row is
+            if not np.isfinite(top).all():
+                raise ModelError(
+                    "the model's output holds a number that is not finite: Runtime.open with debug=True names the "
+                    "layer that broke"
+                )
+            wide -= top
             log_sum = np.log(np.exp(wide).sum(axis=-1))
             own = targets[at : at + len(logits)]
             at += len(logits)
@@ -199,26 +247,20 @@ class EverybitLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types we c
         yield from self.runtime.score(0, ids[first:], self.bits)
         self._cached = ids
 
-    def _write(self, context: str, options: dict[str, Any]) -> str:
-        stops = options.get("until") or []
-        stops = [stops] if isinstance(stops, str) else list(stops)
+    def _write(self, context: str, sampling: Sampling, most: int, stops: list[str]) -> str:
         prompt, room = self.tok_encode(context) or [self._prefix], self.runtime.context
         # A prompt that does not leave room for all that is asked keeps at least half of the context.
-        most = max(1, min(int(options.get("max_gen_toks", NEW_TOKENS)), max(room - len(prompt), room // 2)))
+        most = max(1, min(most, max(room - len(prompt), room // 2)))
         prompt = prompt[-(room - most) :]
-        temperature = float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0
-        asked = {name: options[name] for name in ("top_k", "top_p", "min_p") if name in options and temperature}
         self._cached = []
         text, stream = "", self.text.stream(prompt)
-        for token in generate(
-            self.runtime, prompt, Sampling(temperature, **asked), most, self.bits or None, self.text.eos_ids
-        ):
+        for token in generate(self.runtime, prompt, sampling, most, self.bits or None, self.text.eos_ids):
             text += stream.add(token)
-            if any(stop in text for stop in stops if stop):
+            if any(stop in text for stop in stops):
                 break
         else:
             text += stream.finish()
-        return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]
+        return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
 
 
 if "everybit" not in model_registry:
@@ -268,6 +310,35 @@ def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
             known = isinstance(stderr, (int, float)) and math.isfinite(stderr)
             name = metric if where == "none" else f"{metric}:{where}"
             yield Score(task, name, float(value), float(stderr) if known else None, int(samples))
+
+
+def _read_options(given: Mapping[str, Any]) -> tuple[Sampling, int, list[str]]:
+    """How tokens are chosen, how many at most, and the stop strings, of a generate_until request.
+
+    By lm-eval's rule: a temperature without do_sample samples, neither of them is greedy, and the limit has four names.
+    Raises: SourceError, RequestError
+    """
+    try:
+        options: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), NEW_TOKENS))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SourceError(
+            f"a task's max_gen_toks or temperature is not a number ({reason(error)}): correct it in the task or in "
+            "--gen_kwargs"
+        ) from None
+    stops, most = [stop for stop in options.pop("until") if stop], options.pop("max_gen_toks")
+    if not all(isinstance(stop, str) for stop in stops):
+        raise SourceError(f"until {stops} arrived, expected a text or a list of them")
+    if most < 1:
+        raise SourceError(f"max_gen_toks {most} arrived, expected 1 or more, or none of it for {NEW_TOKENS}")
+    if (beams := options.pop("num_beams", 1)) != 1:
+        raise SourceError(f"num_beams {beams} arrived, everybit writes one text at a time: leave it out")
+    draws, temperature = options.pop("do_sample"), float(options.pop("temperature", 1.0))
+    if unknown := sorted(set(options) - SAMPLING):
+        raise SourceError(
+            f"generation option {unknown[0]!r} arrived, expected until, max_gen_toks, do_sample, temperature, "
+            f"{', '.join(sorted(SAMPLING))}"
+        )
+    return Sampling(temperature if draws else 0.0, **options), most, stops
 
 
 def _first_token(config: Mapping[str, Any], tokenizer: Tokenizer, before: Sequence[int]) -> int:
